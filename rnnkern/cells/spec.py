@@ -1,0 +1,39 @@
+"""What a cell says about itself: its gates, its states and its equations. Nothing about time, tiles, strides or devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class Aux(NamedTuple):
+    """What a step may need besides gx, gh and the entering states; every tensor broadcasts against [rows, H]."""
+
+    params: dict[str, Tensor]  # elementwise parameters of the cell, "peephole_i": [H]
+    noise: dict[str, Tensor]  # keep factors of this step, "candidate": [rows, H]
+    cell_clip: float  # 0: off
+
+
+@dataclass(frozen=True)
+class CellSpec:
+    """The static description of a cell, and its reference equations.
+
+    ``step(gx, gh, states, aux) -> (new states, planes)`` takes and returns tuples with one tensor per gate, state or
+    plane; the new h has width H, before projection. ``step_backward(dstates, planes, states, aux) -> (dgx, dgh,
+    dentering, dsmall)`` is written by hand: kernels mirror it line for line.
+    """
+
+    name: str  # registry key; travels inside ScanSpec.cell
+    gates: tuple[str, ...]  # torch order: row blocks of w_ih and w_hh, column blocks of gx and gh
+    states: tuple[str, ...]  # h first (storage dtype, width P); the others in the accumulation dtype, width H
+    planes: tuple[str, ...]  # activations that step_backward reads, storage dtype
+    step: Callable[..., Any]
+    step_backward: Callable[..., Any]
+    split: tuple[str, ...] = ()  # gates whose dgh differs from dgx (GRU: n); empty: dgh is not stored
+    small: tuple[str, ...] = ()  # elementwise parameters it accepts; the driver sums their gradients, no atomics
+    row: tuple[str, ...] = ()  # of those, the ones that need a whole row of H in one place
+    norm: tuple[int, ...] = (1,)  # gates normalised together under ln_hh (Ba et al. 2016: LSTM (4,), GRU (2, 1))
+    recurrence: str = "dense"  # "dense": h W_hh^T; "diagonal": h * w_hh. Block-diagonal heads are groups
