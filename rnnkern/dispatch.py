@@ -1,0 +1,201 @@
+"""Which backend runs: a visible priority list, reasons for every refusal, and the caller's explicit choice.
+
+Two levels. A *scan* backend runs the time loop of one layer and is picked by :func:`choose` from :data:`ORDER`. Torch's
+own kernels take a whole stack of layers, so ``"torch"`` is a name at the *call* level only: :func:`choose_call` decides
+it before any layer runs. An explicit choice never falls back; an automatic one can be explained by :func:`explain`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import threading
+from types import TracebackType
+
+import torch
+
+from rnnkern.backends.base import Backend, ScanInputs
+
+ORDER = ("cpp", "numba", "reference")
+NAMES = (*ORDER, "torch")
+
+_loaded: dict[str, Backend] = {}
+_missing: dict[str, str] = {}
+
+
+class _Choice(threading.local):
+    requested: str | None = None
+    last: str | None = None
+
+
+_choice = _Choice()
+
+
+def unavailable(name: str) -> str | None:
+    """Why the backend cannot be loaded on this machine at all, or None if it can."""
+    if name not in NAMES:
+        raise ValueError(f"unknown backend {name!r}: expected one of {', '.join(NAMES)}")
+    if name == "torch" or name in _loaded:
+        return None
+    if name not in _missing:
+        try:
+            _loaded[name] = importlib.import_module(f"rnnkern.backends.{name}").BACKEND
+        except ImportError as error:
+            _missing[name] = str(error)
+    return _missing.get(name)
+
+
+def backend(name: str) -> Backend:
+    """The scan backend of that name, imported when first asked for.
+
+    Raises:
+        ValueError: no such scan backend; the message lists those that exist.
+        RuntimeError: it exists but cannot be loaded here; the message says why.
+    """
+    found = _loaded.get(name)
+    if found is not None:
+        return found
+    if name not in ORDER:
+        hint = "; torch's kernels run whole calls, not scans" if name == "torch" else ""
+        raise ValueError(f"unknown scan backend {name!r}: expected one of {', '.join(ORDER)}{hint}")
+    reason = unavailable(name)
+    if reason is not None:
+        raise RuntimeError(f"backend {name!r} cannot be loaded: {reason}")
+    return _loaded[name]
+
+
+def backends() -> dict[str, str | None]:
+    """Every backend that this version has, in order of preference, with the reason why it cannot be loaded or None."""
+    return {name: unavailable(name) for name in NAMES}
+
+
+def requested() -> str | None:
+    """The backend that this thread asked for with :class:`use_backend`; None: automatic."""
+    return _choice.requested
+
+
+def last() -> str | None:
+    """The backend that this thread's latest forward call took."""
+    return _choice.last
+
+
+def ran(name: str) -> None:
+    """Note for :func:`last` what a call takes; a traced call leaves no note, for it runs later and elsewhere."""
+    if not torch.compiler.is_compiling():
+        _choice.last = name
+
+
+class use_backend:  # noqa: N801  a function to its callers, as torch.no_grad is
+    """Choose a backend by name for this thread, at once, and until the end of the block if used in ``with``.
+
+    The choice is never swapped for another: a call that the backend cannot do raises with its reasons. It holds for
+    first derivatives; higher ones always run on the reference.
+
+    Args:
+        name: ``"cpp"``, ``"numba"``, ``"reference"``, ``"torch"`` (torch's own kernels), or None for automatic choice.
+
+    Raises:
+        ValueError: unknown name; the message lists those that exist.
+        RuntimeError: the backend cannot be loaded here; the message says why.
+
+    Example::
+
+        >>> with rnnkern.use_backend("reference"):
+        ...     output, hn = gru(input)
+    """
+
+    def __init__(self, name: str | None) -> None:
+        if name is not None:
+            reason = unavailable(name)
+            if reason is not None:
+                raise RuntimeError(f"backend {name!r} cannot be loaded: {reason}")
+        self.name = name
+        self.previous = _choice.requested
+        _choice.requested = name
+
+    def __enter__(self) -> use_backend:
+        _choice.requested = self.name
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _choice.requested = self.previous
+
+
+def choose(inputs: ScanInputs) -> str:
+    """The scan backend for these inputs: the requested one, else the first in :data:`ORDER` that has no objection.
+
+    Raises:
+        RuntimeError: the requested backend cannot do it, or none can; the message has every reason.
+    """
+    name = _choice.requested
+    if name is None:
+        for candidate in ORDER:
+            if unavailable(candidate) is None and not _loaded[candidate].unsupported(inputs):
+                ran(candidate)
+                return candidate
+        raise RuntimeError(f"no backend can run {describe(inputs)}:\n{_listed(explain(inputs))}")
+    if name == "torch":
+        raise RuntimeError(f"backend 'torch' was asked for, but its kernels cannot run one scan: {describe(inputs)}")
+    reasons = backend(name).unsupported(inputs)
+    if reasons:
+        raise RuntimeError(f"backend {name!r} was asked for and cannot run {describe(inputs)}: {'; '.join(reasons)}")
+    ran(name)
+    return name
+
+
+def choose_call(device: torch.device, dtype: torch.dtype, cell: str, batch: int, packed: bool, refused: str) -> bool:
+    """Whether torch's own kernel takes this whole call; `refused` says what in the call it cannot do, or is empty.
+
+    Automatic choice takes it on devices for which there is no fast scan backend, and on a CPU without the C++
+    extension where it is known to be faster.
+
+    Raises:
+        RuntimeError: torch's kernels were asked for and cannot do it.
+    """
+    name = _choice.requested
+    if name is not None:
+        if name != "torch":
+            return False
+        if refused:
+            raise RuntimeError(f"backend 'torch' was asked for and cannot do this call: {refused}")
+        ran(name)
+        return True
+    if refused or (device.type == "cpu" and not _torch_is_faster(dtype, cell, batch, packed)):
+        return False
+    ran("torch")
+    return True
+
+
+def _torch_is_faster(dtype: torch.dtype, cell: str, batch: int, packed: bool) -> bool:
+    if unavailable("cpp") is None:
+        return False
+    if unavailable("numba") is not None:
+        return True  # what is left is the reference, a Python loop
+    onednn = cell == "lstm" and not packed and dtype in (torch.float32, torch.bfloat16)
+    return onednn and batch > 1
+
+
+def explain(inputs: ScanInputs) -> dict[str, list[str]]:
+    """Every scan backend's objections to these inputs, in order of preference; an empty list means that it would run."""
+    found = {}
+    for name in ORDER:
+        reason = unavailable(name)
+        found[name] = [reason] if reason is not None else _loaded[name].unsupported(inputs)
+    return found
+
+
+def describe(inputs: ScanInputs) -> str:
+    """One line about a scan, for error messages."""
+    rows, groups, width = inputs.gx.shape
+    layout = "packed" if inputs.offsets is not None else "padded" if inputs.lengths is not None else "dense"
+    extras = ["reset"] if inputs.reset is not None else []
+    extras += [f"noise {word}" for word in inputs.spec.noise]
+    return (
+        f"{inputs.spec.cell} scan (T={inputs.T}, B={inputs.B}, {rows} rows {layout}, {groups} groups of {width} gate "
+        f"columns, {inputs.gx.dtype} on {inputs.gx.device}, {', '.join([*inputs.spec.params, *extras])})"
+    )
+
+
+def _listed(reasons: dict[str, list[str]]) -> str:
+    return "\n".join(f"  {name}: {'; '.join(why)}" for name, why in reasons.items())
