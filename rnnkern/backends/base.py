@@ -21,7 +21,7 @@ Backward runs 7 to 1, ``grad_clip`` last.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -35,7 +35,7 @@ class ScanSpec:
     cell: str
     reverse: tuple[bool, ...]  # [N] which way each group walks
     params: tuple[str, ...]  # per group, in order: "w_hh", then "b_hh", "w_hr", "ln_hh" and small ones as present
-    noise: tuple[str, ...] = ()  # masks: h [N,B,P] per sequence, h_step [S,N,P], candidate [S,N,H], zoneout_h, zoneout_c
+    noise: tuple[str, ...] = ()  # masks: h [N,B,P] per sequence; h_step, zoneout_h [S,N,P]; candidate, zoneout_c [S,N,H]
     save: str = "all"  # "none" (y and final only) | "states" (and seq, hidden) | "all" (and planes)
     precision: str = "ieee"  # "ieee" | "tf32": what the caller's switches allow for fp32 products on a GPU
     scales: tuple[float, ...] = ()  # one per mask: kept values are multiplied by it (1/(1-p); zoneout 1)
@@ -64,7 +64,7 @@ class ScanSpec:
         return "|".join(fields)
 
     @staticmethod
-    @lru_cache(maxsize=None)
+    @cache
     def decode(text: str) -> ScanSpec:
         cell, reverse, params, noise, save, precision, scales, zoneout, *numbers = text.split("|")
 
@@ -101,7 +101,7 @@ class ScanInputs:
     lengths: Tensor | None = None  # int64 [B] on gx's device; None: all T
     reset: Tensor | None = None  # bool [S, N]: the state entering this row, in its group's OWN direction, is replaced
     reset_states: tuple[Tensor, ...] = ()  # as states, stride 0 over B allowed; empty: zero
-    noise: tuple[Tensor, ...] = ()  # bool keep-masks in the order of spec.noise
+    noise: tuple[Tensor, ...] = ()  # bool, in the order of spec.noise; True keeps (zoneout: keeps the entering state)
 
 
 @dataclass
@@ -121,12 +121,24 @@ class ScanGrads:
     dh: Tensor  # [S, N, P] total gradient at the projected h: dW_hr = dh^T hidden; numel 0 without w_hr
     dstates: tuple[Tensor, ...]  # as states
     dreset_states: tuple[Tensor, ...]  # as reset_states, batch dimension B
-    dsmall: tuple[tuple[Tensor, ...], ...] = ()  # [N][...] gradients of the small parameters and ln_hh, in params' order
+    dsmall: tuple[tuple[Tensor, ...], ...] = ()  # [N][...] of the small parameters and ln_hh, in params' order
 
 
 @runtime_checkable
 class Backend(Protocol):
-    """One scan driver. `unsupported` looks at shapes, dtypes, device and spec only; an empty list means yes."""
+    """One scan driver. `unsupported` looks at shapes, dtypes, device and spec only; an empty list means yes.
+
+    What `backward` is given:
+
+    * `inputs` as in the forward, but of gx only the shape, dtype and device mean anything (a stride-0 tensor);
+    * `outputs` without `final`, which is the empty tuple; `y`, `seq`, `planes` and `hidden` are those of the forward;
+    * `dy` [S, N, P] and `dfinal` (as `outputs.final`) with any strides, 0 among them; rows of dy past a length are
+      whatever the caller's loss made them and do not count;
+    * `dseq`, one per state but h: [S, N, H], or a tensor with one dimension and numel 0, which means zero.
+
+    An optional method `layer_forward(inputs, x, w_ih, b_ih) -> ScanOutputs` does the input projection as well: x
+    [S, M, I], `w_ih` and `b_ih` one per group (None without bias), and then `inputs.gx` is a stride-0 tensor here too.
+    """
 
     name: str
 

@@ -1,10 +1,10 @@
-"""What a cell says about itself: its gates, its states and its equations. Nothing about time, tiles, strides or devices."""
+"""What a cell says about itself: gates, states and equations. Nothing about time, tiles, strides or devices."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -15,6 +15,11 @@ class Aux(NamedTuple):
     params: dict[str, Tensor]  # elementwise parameters of the cell, "peephole_i": [H]
     noise: dict[str, Tensor]  # keep factors of this step, "candidate": [rows, H]
     cell_clip: float  # 0: off
+    eps: float = 1e-5  # layer norm
+
+
+Row = tuple[Tensor, ...]  # one tensor per gate, state or plane
+StepGrads = tuple[Row, Row, Row, Row]  # dgx, dgh, dentering, dsmall
 
 
 @dataclass(frozen=True)
@@ -30,10 +35,11 @@ class CellSpec:
     gates: tuple[str, ...]  # torch order: row blocks of w_ih and w_hh, column blocks of gx and gh
     states: tuple[str, ...]  # h first (storage dtype, width P); the others in the accumulation dtype, width H
     planes: tuple[str, ...]  # activations that step_backward reads, storage dtype
-    step: Callable[..., Any]
-    step_backward: Callable[..., Any]
+    step: Callable[..., tuple[Row, Row]]
+    step_backward: Callable[..., StepGrads]
     split: tuple[str, ...] = ()  # gates whose dgh differs from dgx (GRU: n); empty: dgh is not stored
     small: tuple[str, ...] = ()  # elementwise parameters it accepts; the driver sums their gradients, no atomics
     row: tuple[str, ...] = ()  # of those, the ones that need a whole row of H in one place
     norm: tuple[int, ...] = (1,)  # gates normalised together under ln_hh (Ba et al. 2016: LSTM (4,), GRU (2, 1))
+    masks: tuple[str, ...] = ()  # step masks that the equations read ("candidate"); a driver refuses one not listed
     recurrence: str = "dense"  # "dense": h W_hh^T; "diagonal": h * w_hh. Block-diagonal heads are groups

@@ -1,0 +1,166 @@
+"""The two opaque ops of the library and their fakes. Nothing else registers ops.
+
+Opaque to torch.compile, torch.export and dispatch modes, and without derivatives of their own: those belong to the layer
+(autograd.py). Every option travels in the one string `spec` (ScanSpec.encode), so the schemas never change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rnnkern import dispatch
+from rnnkern.backends.base import ScanInputs, ScanOutputs, ScanSpec
+from rnnkern.cells import CELLS
+
+Tensors = Sequence[Tensor]
+
+_SCAN = "Tensor[] states, Tensor[] params, Tensor? offsets, Tensor? lengths, Tensor? reset, Tensor[] reset_states, "
+_FORWARD = f"(str spec, str backend, SymInt T, SymInt B, Tensor gx, {_SCAN}Tensor[] noise) -> Tensor[]"
+_BACKWARD = (
+    "(str spec, str backend, SymInt T, SymInt B, Tensor[] grads, Tensor y, Tensor[] seq, Tensor planes, Tensor hidden, "
+    f"{_SCAN}Tensor[] noise) -> Tensor[]"
+)
+
+
+def by_group(flat: Tensors, groups: int) -> tuple[tuple[Tensor, ...], ...]:
+    """A flat list of every group's tensors as one tuple per group."""
+    size = len(flat) // groups
+    return tuple(tuple(flat[n * size : (n + 1) * size]) for n in range(groups))
+
+
+def has_own_gradient(spec: ScanSpec, name: str) -> bool:
+    """Whether the scan itself sums this parameter's gradient (the others are GEMMs of the layer)."""
+    return name == "ln_hh" or name in CELLS[spec.cell].small
+
+
+def _inputs(
+    spec: str,
+    T: int,
+    B: int,
+    gx: Tensor,
+    states: Tensors,
+    params: Tensors,
+    offsets: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    reset_states: Tensors,
+    noise: Tensors,
+) -> ScanInputs:
+    decoded = ScanSpec.decode(spec)
+    groups = by_group(params, len(decoded.reverse))
+    return ScanInputs(
+        decoded, T, B, gx, tuple(states), groups, offsets, lengths, reset, tuple(reset_states), tuple(noise)
+    )
+
+
+def _scan_forward(spec: str, backend: str, T: int, B: int, gx: Tensor, *rest) -> list[Tensor]:  # type: ignore[no-untyped-def]
+    inputs = _inputs(spec, T, B, gx, *rest)
+    out = dispatch.backend(backend).forward(inputs)
+    save, projected = inputs.spec.save, "w_hr" in inputs.spec.params
+    # The fakes promise contiguous tensors, and absent ones that alias nothing.
+    return [
+        out.y.contiguous(),
+        *(final.contiguous() for final in out.final),
+        *(seq.contiguous() if save != "none" else seq.new_empty(0) for seq in out.seq),
+        out.planes.contiguous() if save == "all" else gx.new_empty(0),
+        out.hidden.contiguous() if projected and save != "none" else gx.new_empty(0),
+    ]
+
+
+def _scan_forward_fake(spec: str, backend: str, T: int, B: int, gx: Tensor, states: Tensors, *rest) -> list[Tensor]:  # type: ignore[no-untyped-def]
+    decoded = ScanSpec.decode(spec)
+    cell, save, projected = CELLS[decoded.cell], decoded.save, "w_hr" in decoded.params
+    S, N, width = gx.shape
+    H = width // len(cell.gates)
+    return [
+        gx.new_empty(S, N, states[0].shape[-1]),
+        *(state.new_empty(state.shape) for state in states),
+        *(state.new_empty((S, N, H) if save != "none" else 0) for state in states[1:]),
+        gx.new_empty((S, N, len(cell.planes), H) if save == "all" else 0),
+        gx.new_empty((S, N, H) if projected and save != "none" else 0),
+    ]
+
+
+def _scan_backward(  # type: ignore[no-untyped-def]
+    spec: str,
+    backend: str,
+    T: int,
+    B: int,
+    grads: Tensors,
+    y: Tensor,
+    seq: Tensors,
+    planes: Tensor,
+    hidden: Tensor,
+    states: Tensors,
+    params: Tensors,
+    *rest,
+) -> list[Tensor]:
+    S, N = y.shape[:2]
+    gx = y.new_empty(()).expand(S, N, params[0].shape[0])
+    inputs = _inputs(spec, T, B, gx, states, params, *rest)
+    outputs = ScanOutputs(y, (), tuple(seq), planes, hidden)
+    dfinal, dseq = tuple(grads[1 : 1 + len(states)]), tuple(grads[1 + len(states) :])
+    d = dispatch.backend(backend).backward(inputs, outputs, grads[0], dfinal, dseq)
+    names, cell = inputs.spec.params, CELLS[inputs.spec.cell]
+    return [
+        d.dgx.contiguous(),
+        d.dgh.contiguous() if cell.split else y.new_empty(0),
+        d.dprod.contiguous() if "ln_hh" in names else y.new_empty(0),
+        d.dh.contiguous() if "w_hr" in names else y.new_empty(0),
+        *(v.contiguous() for v in (*d.dstates, *d.dreset_states)),
+        *(v.contiguous() for group in d.dsmall for v in group),
+    ]
+
+
+def _scan_backward_fake(  # type: ignore[no-untyped-def]
+    spec: str,
+    backend: str,
+    T: int,
+    B: int,
+    grads: Tensors,
+    y: Tensor,
+    seq: Tensors,
+    planes: Tensor,
+    hidden: Tensor,
+    states: Tensors,
+    params: Tensors,
+    offsets: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    reset_states: Tensors,
+    noise: Tensors,
+) -> list[Tensor]:
+    decoded = ScanSpec.decode(spec)
+    names, cell = decoded.params, CELLS[decoded.cell]
+    S, N, P = y.shape
+    gates = (S, N, params[0].shape[0])
+    return [
+        y.new_empty(gates),
+        y.new_empty(gates if cell.split else 0),
+        y.new_empty(gates if "ln_hh" in names else 0),
+        y.new_empty((S, N, P) if "w_hr" in names else 0),
+        *(v.new_empty(v.shape) for v in (*states, *reset_states)),
+        *(
+            v.new_empty(v.shape)
+            for group in by_group(params, N)
+            for name, v in zip(names, group, strict=True)
+            if has_own_gradient(decoded, name)
+        ),
+    ]
+
+
+_LIBRARY = torch.library.Library("rnnkern", "DEF")
+for _name, _schema, _run, _fake in (
+    ("scan_forward", _FORWARD, _scan_forward, _scan_forward_fake),
+    ("scan_backward", _BACKWARD, _scan_backward, _scan_backward_fake),
+):
+    _LIBRARY.define(_name + _schema)
+    for _key in ("CPU", "CUDA"):
+        _LIBRARY.impl(_name, _run, _key)
+    torch.library.register_fake(f"rnnkern::{_name}", _fake, lib=_LIBRARY)
+
+scan_forward = torch.ops.rnnkern.scan_forward.default
+scan_backward = torch.ops.rnnkern.scan_backward.default

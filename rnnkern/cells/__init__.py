@@ -1,0 +1,12 @@
+"""The cells: one folder of equations each. A new pointwise cell is a folder and a line here."""
+
+from __future__ import annotations
+
+from rnnkern.cells.gru import GRU
+from rnnkern.cells.lstm import LSTM
+from rnnkern.cells.rnn import RNN_RELU, RNN_TANH
+from rnnkern.cells.spec import Aux, CellSpec
+
+CELLS: dict[str, CellSpec] = {cell.name: cell for cell in (RNN_TANH, RNN_RELU, LSTM, GRU)}
+
+__all__ = ["CELLS", "Aux", "CellSpec"]

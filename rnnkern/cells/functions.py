@@ -1,0 +1,43 @@
+"""Derivatives and normalisation shared by the reference steps.
+
+Derivatives take the activation's output, not its argument: a step saves what it computed, and no kernel needs more.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def d_sigmoid(y: Tensor) -> Tensor:
+    return y * (1 - y)
+
+
+def d_tanh(y: Tensor) -> Tensor:
+    return 1 - y * y
+
+
+def d_relu(y: Tensor) -> Tensor:
+    return torch.where(y <= 0, 0, torch.ones_like(y))  # NaN compares false and goes on, as in torch
+
+
+def clip(v: Tensor, bound: float) -> Tensor:
+    """v within [-bound, bound]; a bound of 0 is none."""
+    return v.clamp(-bound, bound) if bound else v
+
+
+def d_clip(d: Tensor, v: Tensor, bound: float) -> Tensor:
+    """The gradient at v of ``clip(v, bound)``."""
+    return torch.where(v.abs() <= bound, d, 0) if bound else d
+
+
+def normalise(v: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Layer norm without its gain (Ba et al. 2016, population variance), and the reciprocal deviation it divided by."""
+    centred = v - v.mean(-1, keepdim=True)
+    scale = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return centred * scale, scale
+
+
+def d_normalise(d: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+    """The gradient at v of ``y, scale = normalise(v)``."""
+    return scale * (d - d.mean(-1, keepdim=True) - y * (d * y).mean(-1, keepdim=True))
