@@ -1,0 +1,255 @@
+"""The Numba time loops: one pair for all cells, which call the cells' step functions by name.
+
+Closures, or steps as arguments, would never hit the disk cache, so the choice of a cell is a branch on its number.
+One thread, no parallel regions: safe after fork and from several Python threads. Large products go to torch.mm instead,
+which has all of torch's threads; numba.py then calls the loops step by step with ``fused=False``.
+
+Arrays are C-contiguous; ``rows`` below are [S, N, ...] tensors, and the work arrays [B, ...] hold the batch rows sorted
+by descending length: at time t the first ``alive[t]`` of them exist, and row i lies at ``offsets[t] + order[i]``.
+``rest`` is all states but h, ``[B, K - 1, H]``; ``k`` counts steps in the group's own direction.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from rnnkern.cells.gru.numba_step import step as gru_step
+from rnnkern.cells.gru.numba_step import step_backward as gru_step_backward
+from rnnkern.cells.lstm.numba_step import step as lstm_step
+from rnnkern.cells.lstm.numba_step import step_backward as lstm_step_backward
+from rnnkern.cells.numba_math import FAST
+from rnnkern.cells.rnn.numba_step import relu_step_backward, tanh_step_backward, relu_step, tanh_step
+from rnnkern.backends._numba_cache import cached
+
+CELL_IDS = {"rnn_tanh": 0, "rnn_relu": 1, "lstm": 2, "gru": 3}
+ROUND_BF16, ROUND_FP16 = 1, 2
+_BLOCK = 512  # columns of a product done at a time: four rows of them stay in the first-level cache
+
+
+@njit(**FAST)
+def _step(cell, gx, gh, h, rest, m, planes):  # type: ignore[no-untyped-def]
+    if cell == 0:
+        tanh_step(gx, gh, h, rest, m, planes)
+    elif cell == 1:
+        relu_step(gx, gh, h, rest, m, planes)
+    elif cell == 2:
+        lstm_step(gx, gh, h, rest, m, planes)
+    else:
+        gru_step(gx, gh, h, rest, m, planes)
+
+
+@njit(**FAST)
+def _step_backward(cell, dm, drest, planes, h, rest, dgx, dgh, dh):  # type: ignore[no-untyped-def]
+    if cell == 0:
+        tanh_step_backward(dm, drest, planes, h, rest, dgx, dgh, dh)
+    elif cell == 1:
+        relu_step_backward(dm, drest, planes, h, rest, dgx, dgh, dh)
+    elif cell == 2:
+        lstm_step_backward(dm, drest, planes, h, rest, dgx, dgh, dh)
+    else:
+        gru_step_backward(dm, drest, planes, h, rest, dgx, dgh, dh)
+
+
+@njit(**FAST)
+def _add_product(a, w, out, count):  # type: ignore[no-untyped-def]
+    """out[:count] += a[:count] @ w, by rows of w so that the inner loop runs along memory."""
+    M = w.shape[1]
+    for first in range(0, M, _BLOCK):
+        last = min(first + _BLOCK, M)
+        i = 0
+        while i + 4 <= count:
+            _add_four_rows(a[i], a[i + 1], a[i + 2], a[i + 3], w, out, i, first, last)
+            i += 4
+        while i < count:
+            _add_row(a[i], w, out[i], first, last)
+            i += 1
+
+
+@njit(**FAST)
+def _add_four_rows(a0, a1, a2, a3, w, out, i, first, last):  # type: ignore[no-untyped-def]
+    K = w.shape[0]
+    o0, o1, o2, o3 = out[i, first:last], out[i + 1, first:last], out[i + 2, first:last], out[i + 3, first:last]
+    k = 0
+    while k + 4 <= K:
+        w0, w1, w2, w3 = w[k, first:last], w[k + 1, first:last], w[k + 2, first:last], w[k + 3, first:last]
+        a00, a01, a02, a03 = a0[k], a0[k + 1], a0[k + 2], a0[k + 3]
+        a10, a11, a12, a13 = a1[k], a1[k + 1], a1[k + 2], a1[k + 3]
+        a20, a21, a22, a23 = a2[k], a2[k + 1], a2[k + 2], a2[k + 3]
+        a30, a31, a32, a33 = a3[k], a3[k + 1], a3[k + 2], a3[k + 3]
+        for q in range(last - first):
+            v0, v1, v2, v3 = w0[q], w1[q], w2[q], w3[q]
+            o0[q] += a00 * v0 + a01 * v1 + a02 * v2 + a03 * v3
+            o1[q] += a10 * v0 + a11 * v1 + a12 * v2 + a13 * v3
+            o2[q] += a20 * v0 + a21 * v1 + a22 * v2 + a23 * v3
+            o3[q] += a30 * v0 + a31 * v1 + a32 * v2 + a33 * v3
+        k += 4
+    while k < K:
+        w0 = w[k, first:last]
+        a00, a10, a20, a30 = a0[k], a1[k], a2[k], a3[k]
+        for q in range(last - first):
+            o0[q] += a00 * w0[q]
+            o1[q] += a10 * w0[q]
+            o2[q] += a20 * w0[q]
+            o3[q] += a30 * w0[q]
+        k += 1
+
+
+@njit(**FAST)
+def _add_row(a, w, out, first, last):  # type: ignore[no-untyped-def]
+    K = w.shape[0]
+    o = out[first:last]
+    k = 0
+    while k + 8 <= K:
+        w0, w1, w2, w3 = w[k, first:last], w[k + 1, first:last], w[k + 2, first:last], w[k + 3, first:last]
+        w4, w5, w6, w7 = w[k + 4, first:last], w[k + 5, first:last], w[k + 6, first:last], w[k + 7, first:last]
+        a0, a1, a2, a3, a4, a5, a6, a7 = a[k], a[k + 1], a[k + 2], a[k + 3], a[k + 4], a[k + 5], a[k + 6], a[k + 7]
+        for q in range(last - first):
+            near = a0 * w0[q] + a1 * w1[q] + a2 * w2[q] + a3 * w3[q]
+            o[q] += near + a4 * w4[q] + a5 * w5[q] + a6 * w6[q] + a7 * w7[q]
+        k += 8
+    while k < K:
+        w0, a0 = w[k, first:last], a[k]
+        for q in range(last - first):
+            o[q] += a0 * w0[q]
+        k += 1
+
+
+@njit(error_model="numpy")
+def _store(source, target, rounding):  # type: ignore[no-untyped-def]
+    """target = source as the storage dtype holds it (nearest, ties to even): what is fed back is what y says."""
+    if rounding == 0:
+        for j in range(source.shape[0]):
+            target[j] = source[j]
+    elif rounding == 1:
+        for j in range(source.shape[0]):
+            v = source[j]
+            bits = np.float32(v).view(np.int32)
+            bits = np.int32((bits + np.int32(0x7FFF) + ((bits >> np.int32(16)) & np.int32(1))) & np.int32(-0x10000))
+            target[j] = np.int32(bits).view(np.float32) if v == v else v
+    else:
+        for j in range(source.shape[0]):
+            v = source[j]
+            bits = np.float32(v).view(np.int32)
+            bits = np.int32((bits + np.int32(0xFFF) + ((bits >> np.int32(13)) & np.int32(1))) & np.int32(-0x2000))
+            short = np.int32(bits).view(np.float32)
+            size = abs(v)
+            if size < np.float32(2.0**-14):  # subnormal there: steps of 2^-24, the last place of 1.0 below 2
+                short = (size + np.float32(0.75)) - np.float32(0.75)
+                short = -short if v < 0 else short
+            elif size >= np.float32(65520.0):
+                short = np.float32(np.inf) if v > 0 else np.float32(-np.inf)
+            target[j] = short if v == v else v
+
+
+@njit(nogil=True, **FAST)
+def enter(t, n, alive, offsets, order, reset, reset_h, reset_rest, h, rest):  # type: ignore[no-untyped-def]
+    """Step 1 of the contract: states that enter rows with a reset are replaced."""
+    for i in range(alive[t]):
+        if reset[offsets[t] + order[i], n]:
+            h[i] = reset_h[i]
+            rest[i] = reset_rest[i]
+
+
+@njit(nogil=True, **FAST)
+def forward(  # type: ignore[no-untyped-def]
+    cell, n, first, last, reverse, fused, save_states, save_planes, rounding,
+    alive, offsets, order, reset, reset_h, reset_rest,
+    gx, w_t, bias, w_hr_t, h, rest, gh, m,
+    y, seq, planes, hidden, scratch,
+):  # fmt: skip
+    """Steps ``first`` to ``last`` of group n; h and rest hold the states. Not fused: gh is given, resets are done."""
+    T = alive.shape[0]
+    project = w_hr_t.shape[0] > 0
+    for k in range(first, last):
+        t = T - 1 - k if reverse else k
+        count = alive[t]
+        if fused:
+            if reset.shape[0] > 0:
+                enter(t, n, alive, offsets, order, reset, reset_h, reset_rest, h, rest)
+            for i in range(count):
+                gh[i] = bias
+            _add_product(h, w_t, gh, count)
+        for i in range(count):
+            r = offsets[t] + order[i]
+            saved = planes[r, n] if save_planes else scratch
+            _step(cell, gx[r, n], gh[i], h[i], rest[i], m[i], saved)
+            if save_states:
+                seq[r, n] = rest[i]
+        if project:
+            for i in range(count):
+                if save_states:
+                    hidden[offsets[t] + order[i], n] = m[i]
+                h[i] = 0
+            _add_product(m, w_hr_t, h, count)
+            for i in range(count):
+                _store(h[i], h[i], rounding)
+        else:
+            for i in range(count):
+                _store(m[i], h[i], rounding)
+        for i in range(count):
+            y[offsets[t] + order[i], n] = h[i]
+
+
+@njit(nogil=True, **FAST)
+def leave(t, n, alive, offsets, order, reset, dh, drest, dreset_h, dreset_rest):  # type: ignore[no-untyped-def]
+    """Step 1 backwards: the gradient at a replaced state goes to its replacement."""
+    for i in range(alive[t]):
+        if reset[offsets[t] + order[i], n]:
+            dreset_h[i] += dh[i]
+            dreset_rest[i] += drest[i]
+            dh[i] = 0
+            drest[i] = 0
+
+
+@njit(nogil=True, **FAST)
+def backward(  # type: ignore[no-untyped-def]
+    cell, n, first, last, reverse, fused, split,
+    alive, offsets, order, lengths, reset, reset_h, reset_rest,
+    w, w_hr, h0, rest0, y, seq, planes, dy, dseq,
+    dh, drest, dm, d, dgx, dgh, dprojected, dreset_h, dreset_rest,
+):  # fmt: skip
+    """Steps ``last`` down to ``first`` of group n; dh and drest hold the gradients of the states, d those at gh.
+
+    Not fused: adding ``d @ w`` to dh, and ``leave``, are left to the caller.
+    """
+    T = alive.shape[0]
+    project = w_hr.shape[0] > 0
+    for k in range(last - 1, first - 1, -1):
+        t = T - 1 - k if reverse else k
+        count = alive[t]
+        for i in range(count):
+            r = offsets[t] + order[i]
+            dh[i] += dy[r, n]
+            if dseq.shape[0] > 0:
+                drest[i] += dseq[r, n]
+            if project:
+                dprojected[r, n] = dh[i]
+                dm[i] = 0
+            else:
+                dm[i] = dh[i]
+        if project:
+            _add_product(dh, w_hr, dm, count)
+        for i in range(count):
+            r = offsets[t] + order[i]
+            before = t + 1 if reverse else t - 1
+            h, rest = h0[i], rest0[i]
+            if reset.shape[0] > 0 and reset[r, n]:
+                h, rest = reset_h[i], reset_rest[i]
+            elif 0 <= before < lengths[i]:
+                p = offsets[before] + order[i]
+                h, rest = y[p, n], seq[p, n]
+            dh[i] = 0
+            if split:
+                _step_backward(cell, dm[i], drest[i], planes[r, n], h, rest, dgx[r, n], d[i], dh[i])
+                dgh[r, n] = d[i]
+            else:
+                _step_backward(cell, dm[i], drest[i], planes[r, n], h, rest, d[i], d[i], dh[i])
+                dgx[r, n] = d[i]
+        if fused:
+            _add_product(d, w, dh, count)
+            if reset.shape[0] > 0:
+                leave(t, n, alive, offsets, order, reset, dh, drest, dreset_h, dreset_rest)
+
+
+cached(enter, forward, leave, backward)
