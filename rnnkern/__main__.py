@@ -1,0 +1,34 @@
+"""``python -m rnnkern info | demo``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from rnnkern import demo, info
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m rnnkern", description="torch.nn.RNN, LSTM and GRU with fused kernels under them"
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="what is there, what a call takes and why")
+    about = "train the same character model with torch.nn and with rnnkern, side by side"
+    demo_parser = commands.add_parser("demo", help=about, description=about)
+    demo.add_arguments(demo_parser)
+    args = parser.parse_args(argv)
+    if args.command == "info":
+        print(info.text())
+        return 0
+    try:
+        return demo.main(args)
+    except ValueError as error:
+        demo_parser.error(str(error))
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""What ``python -m rnnkern info`` prints: versions, processor, backends, and what a plain call takes and why."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterable
+
+import torch
+
+import rnnkern
+from rnnkern import dispatch
+from rnnkern.backends.base import ScanInputs, ScanSpec
+from rnnkern.cells import CELLS
+
+# Every environment variable that rnnkern reads, with what it does; the README has the same table.
+ENVIRONMENT = {
+    "RNNKERN_CPU_ISA": "the instruction set of the C++ kernels, one of those listed above; unset: the best there is",
+}
+
+
+def plain_call(cell: str, T: int = 100, B: int = 16, H: int = 256, dtype: torch.dtype = torch.float32) -> ScanInputs:
+    """The scan of a plain one-layer call, as far as a choice of backend looks at it: gx has no memory."""
+    spec = CELLS[cell]
+    gates = len(spec.gates)
+    weight = torch.empty(gates * H, H, dtype=dtype)
+    gx = torch.empty((), dtype=dtype).expand(T * B, 1, gates * H)
+    states = tuple(torch.empty(1, B, H, dtype=dtype) for _ in spec.states)
+    params = ((weight, torch.empty(gates * H, dtype=dtype)),)
+    return ScanInputs(ScanSpec(cell, (False,), ("w_hh", "b_hh")), T, B, gx, states, params)
+
+
+def chosen(inputs: ScanInputs) -> tuple[str, str]:
+    """The backend that these inputs would take in this thread, and why."""
+    asked = dispatch.requested()
+    if asked is not None:
+        return asked, "asked for with use_backend"
+    if dispatch.wants_torch(inputs.gx.device, inputs.gx.dtype, inputs.spec.cell, inputs.B, packed=False):
+        return "torch", f"torch's own kernel is faster than what is left without cpp ({dispatch.unavailable('cpp')})"
+    refusals = []
+    for name, reasons in dispatch.explain(inputs).items():
+        if not reasons:
+            return name, "; ".join(refusals) or "the first in the list, and it has no objection"
+        verb = "refuses" if dispatch.unavailable(name) is None else "is not there"
+        refusals.append(f"{name} {verb} ({', '.join(reasons)})")
+    return "none", "; ".join(refusals)
+
+
+def instruction_sets() -> str:
+    """Those that the C++ kernels were built for, those that this processor has, and the one that runs."""
+    missing = dispatch.unavailable("cpp")
+    if missing is not None:
+        return "none: there is no C++ backend"
+    from rnnkern.backends import cpp
+
+    return cpp.describe_instruction_sets()
+
+
+def processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass  # not Linux: the platform module knows less, but something
+    return platform.processor() or platform.machine()
+
+
+def table(rows: Iterable[tuple[str, str]], indent: int = 0) -> list[str]:
+    rows = list(rows)
+    wide = max(len(left) for left, _ in rows)
+    return [f"{'':{indent}}{left:<{wide}}  {right}" for left, right in rows]
+
+
+def text() -> str:
+    versions = (
+        f"torch {torch.__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
+    )
+    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use"
+    lines = table(
+        [
+            ("rnnkern", f"{rnnkern.__version__}, {versions}"),
+            ("processor", f"{processor()}; torch sees {torch.backends.cpu.get_cpu_capability()}"),
+            ("instruction sets", instruction_sets()),
+            ("threads", f"{torch.get_num_threads()} (torch.get_num_threads()), {os.cpu_count()} processors"),
+            ("GPU", cuda),
+        ]
+    )
+    found = dispatch.backends().items()
+    lines += ["", "backends, in the order in which a call asks them (torch: its own kernels, for whole calls):"]
+    lines += table(((key, "there" if missing is None else f"not there: {missing}") for key, missing in found), indent=2)
+    lines += ["", "what a plain call takes (T=100, B=16, H=256, float32 on the CPU), and why:"]
+    for cell in CELLS:
+        lines.append(f"  {cell:<8}  {': '.join(chosen(plain_call(cell)))}")
+    lines += ["", "environment variables:"]
+    lines += table(
+        ((key, f"{os.environ.get(key) or 'not set'} ({meaning})") for key, meaning in ENVIRONMENT.items()), indent=2
+    )
+    return "\n".join(lines)
