@@ -1,7 +1,22 @@
 """PyTorch's recurrent networks, drop-in and fast. Importing this loads no Triton, Numba or native code."""
 
+from rnnkern import functional
+from rnnkern.convert import accelerate, restore
 from rnnkern.dispatch import backends, use_backend
+from rnnkern.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
 __version__ = "0.1.0"
 
-__all__ = ["backends", "use_backend"]
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "GRUCell",
+    "LSTMCell",
+    "RNNCell",
+    "accelerate",
+    "backends",
+    "functional",
+    "restore",
+    "use_backend",
+]

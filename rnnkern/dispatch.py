@@ -1,8 +1,8 @@
 """Which backend runs: a visible priority list, reasons for every refusal, and the caller's explicit choice.
 
 Two levels. A *scan* backend runs the time loop of one layer and is picked by :func:`choose` from :data:`ORDER`. Torch's
-own kernels take a whole stack of layers, so ``"torch"`` is a name at the *call* level only: :func:`choose_call` decides
-it before any layer runs. An explicit choice never falls back; an automatic one can be explained by :func:`explain`.
+own kernels take a whole stack of layers, so ``"torch"`` is a name at the *call* level only: :func:`wants_torch` decides
+before any layer runs. An explicit choice never falls back; an automatic one can be explained by :func:`explain`.
 """
 
 from __future__ import annotations
@@ -144,32 +144,30 @@ def choose(inputs: ScanInputs) -> str:
     return name
 
 
-def choose_call(device: torch.device, dtype: torch.dtype, cell: str, batch: int, packed: bool, refused: str) -> bool:
-    """Whether torch's own kernel takes this whole call; `refused` says what in the call it cannot do, or is empty.
+def wants_torch(device: torch.device, dtype: torch.dtype, cell: str, batch: int, packed: bool) -> bool:
+    """Whether torch's own kernel should take this call: asked for, or better than the scan backends that are there.
 
-    Automatic choice takes it on devices for which there is no fast scan backend, and on a CPU without the C++
-    extension where it is known to be faster.
-
-    Raises:
-        RuntimeError: torch's kernels were asked for and cannot do it.
+    Automatic choice takes it on devices without a fast scan backend, and on a CPU without the C++ extension where it
+    is faster than what is left.
     """
     name = _choice.requested
     if name is not None:
-        if name != "torch":
-            return False
-        if refused:
-            raise RuntimeError(f"backend 'torch' was asked for and cannot do this call: {refused}")
-        ran(name)
-        return True
-    if refused or (device.type == "cpu" and not _torch_is_faster(dtype, cell, batch, packed)):
-        return False
-    ran("torch")
-    return True
+        return name == "torch"
+    return device.type != "cpu" or (unavailable("cpp") is not None and _torch_is_faster(dtype, cell, batch, packed))
+
+
+def may_torch(refused: str) -> bool:
+    """Whether it can, given what in the call it cannot do (empty: nothing).
+
+    Raises:
+        RuntimeError: torch's kernels were asked for by name and cannot do it.
+    """
+    if refused and _choice.requested == "torch":
+        raise RuntimeError(f"backend 'torch' was asked for and cannot do this call: {refused}")
+    return not refused
 
 
 def _torch_is_faster(dtype: torch.dtype, cell: str, batch: int, packed: bool) -> bool:
-    if unavailable("cpp") is None:
-        return False
     if unavailable("numba") is not None:
         return True  # what is left is the reference, a Python loop
     onednn = cell == "lstm" and not packed and dtype in (torch.float32, torch.bfloat16)
@@ -177,7 +175,7 @@ def _torch_is_faster(dtype: torch.dtype, cell: str, batch: int, packed: bool) ->
 
 
 def explain(inputs: ScanInputs) -> dict[str, list[str]]:
-    """Every scan backend's objections to these inputs, in order of preference; an empty list means that it would run."""
+    """Every scan backend's objections to these inputs, in order of preference; an empty list: it would run them."""
     found = {}
     for name in ORDER:
         reason = unavailable(name)

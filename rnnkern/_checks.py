@@ -1,0 +1,201 @@
+"""Validation of calls: torch.nn's own exception types and messages where it has one, got and expected elsewhere.
+
+Everything here looks at shapes, dtypes and devices; the two checks of values (lengths, batch sizes) read CPU tensors
+only, so that a GPU is never waited for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def rank(title: str, input: Tensor) -> bool:
+    """Whether `input` is batched; raises as torch.nn does if it is neither."""
+    if input.dim() == 3:
+        return True
+    if input.dim() == 2:
+        return False
+    tensor = " tensor" if title == "RNN" else ""
+    raise ValueError(f"{title}: Expected input to be 2D or 3D, got {input.dim()}D{tensor} instead")
+
+
+def state_rank(hx: tuple[Tensor, ...], batched: bool) -> None:
+    """One rank for every state: 3 with batched input, 2 without."""
+    expected = 3 if batched else 2
+    if all(h.dim() == expected for h in hx):
+        return
+    words = f"For {'batched 3-D' if batched else 'unbatched 2-D'} input, "
+    if len(hx) == 2:
+        words += f"hx and cx should also be {expected}-D but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
+    else:
+        words += f"hx should also be {expected}-D but got {hx[0].dim()}-D tensor"
+    raise RuntimeError(words)
+
+
+def input_like_weight(input: Tensor, weight: Tensor, packed: bool) -> None:
+    """Dtype, rank and feature size of an input whose batch dimension is there."""
+    if input.dtype != weight.dtype and not torch._C._is_any_autocast_enabled():
+        raise ValueError(
+            f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). "
+            f"Convert input: input.to({weight.dtype}), or convert model: model.to({input.dtype})"
+        )
+    expected = 2 if packed else 3
+    if input.dim() != expected:
+        raise RuntimeError(f"input must have {expected} dimensions, got {input.dim()}")
+    if input.size(-1) != weight.size(-1):
+        raise RuntimeError(
+            f"input.size(-1) must be equal to input_size. Expected {weight.size(-1)}, got {input.size(-1)}"
+        )
+
+
+def state_sizes(hx: tuple[Tensor, ...], sizes: tuple[tuple[int, int, int], ...]) -> None:
+    for index, (h, size) in enumerate(zip(hx, sizes, strict=True)):
+        if h.shape != size:
+            which = f"hidden[{index}]" if len(hx) == 2 else "hidden"
+            raise RuntimeError(f"Expected {which} size {size}, got {list(h.shape)}")
+
+
+def alike(input: Tensor, others: Sequence[Tensor], name: str, dtype: bool) -> None:
+    """Same device as the input and, if asked for, the same dtype."""
+    for other in others:
+        if other.device != input.device:
+            raise RuntimeError(
+                f"Input and {name} tensors are not at the same device, found input tensor at {input.device} and "
+                f"{name} tensor at {other.device}"
+            )
+        if dtype and other.dtype != input.dtype:
+            raise RuntimeError(
+                f"Input and {name} tensors are not the same dtype, found input tensor with {input.dtype} and "
+                f"{name} tensor with {other.dtype}"
+            )
+
+
+def floating(input: Tensor) -> None:
+    if input.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        raise ValueError(f"expected float32, float64, bfloat16 or float16 input and weights, got {input.dtype}")
+
+
+def weights(
+    params: Sequence[Tensor], gates: int, bias: bool, layers: int, directions: int, may_project: bool
+) -> tuple[int, int, int, int]:
+    """The flat list of weights against the sizes that its first layer states: (I, H, P, tensors per group)."""
+    per = 2 + 2 * bias
+    groups = layers * directions
+    proj = may_project and len(params) == (per + 1) * groups
+    per += proj
+    if len(params) != per * groups:
+        raise RuntimeError(
+            f"got an incorrect number of RNN parameters: expected {per}{' (one more with a projection)' * may_project} "
+            f"for each of {layers} layers x {directions} directions, got {len(params)}"
+        )
+    first, second = params[0].shape, params[1].shape
+    if len(first) != 2 or len(second) != 2 or first[0] % gates or not first[0]:
+        raise RuntimeError(
+            f"weight_ih_l0 and weight_hh_l0: expected ({gates}*hidden_size, features) matrices, got {list(first)} and "
+            f"{list(second)}"
+        )
+    wide, columns = first
+    hidden = wide // gates
+    state = second[1] if proj else hidden
+    shapes = [(wide, columns), (wide, state)]
+    if bias:
+        shapes += [(wide,), (wide,)]
+    if proj:
+        shapes += [(state, hidden)]
+    for start in range(0, len(params), per):
+        if start == per * directions:
+            shapes[0] = (wide, state * directions)
+        for offset, shape in enumerate(shapes):
+            if params[start + offset].shape != shape:
+                name = weight_name(start // per, offset, directions, bias)
+                raise RuntimeError(f"{name}: expected shape {list(shape)}, got {list(params[start + offset].shape)}")
+    return columns, hidden, state, per
+
+
+def weight_name(group: int, offset: int, directions: int, bias: bool) -> str:
+    kinds = ("weight_ih", "weight_hh", *(("bias_ih", "bias_hh") if bias else ()), "weight_hr")
+    return f"{kinds[offset]}_l{group // directions}{'_reverse' if group % directions else ''}"
+
+
+def steps(T: int) -> None:
+    if T == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+
+
+def batch_sizes(sizes: Tensor, rows: int) -> None:
+    """What a PackedSequence promises; kernels trust it."""
+    if sizes.dim() != 1 or sizes.dtype != torch.int64 or sizes.device.type != "cpu":
+        raise ValueError(
+            f"batch_sizes: expected a 1-D int64 tensor on the CPU, got {sizes.dim()}-D {sizes.dtype} on {sizes.device}"
+        )
+    steps(sizes.numel())
+    listed = sizes.tolist()
+    if sum(listed) != rows:
+        raise ValueError(f"batch_sizes: expected a sum of {rows}, the rows of the packed input, got {sum(listed)}")
+    if listed[-1] <= 0 or any(later > earlier for earlier, later in zip(listed, listed[1:], strict=False)):
+        raise ValueError("batch_sizes: expected positive numbers that never grow, as pack_padded_sequence makes them")
+
+
+def lengths(given: Tensor | Sequence[int], T: int, B: int, device: torch.device, packed: bool, batched: bool) -> Tensor:
+    """`lengths=` as int64 on the input's device; values are checked where that costs no wait for a device."""
+    if packed:
+        raise ValueError("lengths: not with a packed input, which has its own")
+    if not batched:
+        raise ValueError("lengths: not with an unbatched input; cut the input instead")
+    found = given if isinstance(given, Tensor) else torch.tensor(given, dtype=None if len(given) else torch.int64)
+    if found.dtype not in INTEGERS:
+        raise ValueError(f"lengths: expected integers, got {found.dtype}")
+    if found.shape != (B,):
+        raise ValueError(f"lengths: expected one per batch row, shape ({B},), got {tuple(found.shape)}")
+    if torch._C._functorch.peek_interpreter_stack() is None and not torch.compiler.is_compiling():
+        if found.device.type == "cpu":
+            if B and (int(found.min()) < 0 or int(found.max()) > T):
+                raise ValueError(f"lengths: expected values from 0 to the {T} steps of the input, got {found.tolist()}")
+        elif found.device.type == "cuda":
+            torch._assert_async(((found >= 0) & (found <= T)).all(), f"lengths: expected values from 0 to {T}")
+    return found.to(device=device, dtype=torch.int64)
+
+
+def reset(given: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    if given.dtype != torch.bool:
+        raise ValueError(f"reset: expected a bool mask, got {given.dtype}")
+    if given.shape != shape:
+        raise ValueError(f"reset: expected one value per row of the input, shape {shape}, got {tuple(given.shape)}")
+    if given.device != device:
+        raise ValueError(f"reset: expected on the input's device {device}, got {given.device}")
+
+
+def reset_state(given: tuple[Tensor, ...], sizes: tuple[tuple[int, int, int], ...]) -> None:
+    """Sizes as hx, or 1 for the batch."""
+    for state, (groups, batch, width) in zip(given, sizes, strict=True):
+        if state.shape not in ((groups, batch, width), (groups, 1, width)):
+            raise ValueError(
+                f"reset_state: expected shape ({groups}, {batch} or 1, {width}) as hx, got {tuple(state.shape)}"
+            )
+
+
+def cell(
+    title: str, input: Tensor, hx: tuple[Tensor, ...] | None, w_ih: Tensor, w_hh: Tensor, autocast: bool
+) -> None:
+    """Sizes, devices and dtypes of one step's tensors, batch dimension there."""
+    if input.size(1) != w_ih.size(1):
+        raise RuntimeError(f"input has inconsistent input_size: got {input.size(1)} expected {w_ih.size(1)}")
+    for index, h in enumerate(hx or ()):
+        if h.size(0) != input.size(0):
+            raise RuntimeError(
+                f"Input batch size {input.size(0)} doesn't match hidden{index} batch size {h.size(0)}"
+            )
+        if h.dim() == 1 or h.size(1) != w_hh.size(1):
+            got = h.size(min(1, h.dim() - 1))
+            raise RuntimeError(f"hidden{index} has inconsistent hidden_size: got {got}, expected {w_hh.size(1)}")
+        if h.dim() != 2:
+            raise RuntimeError(f"hidden{index}: expected shape {(input.size(0), w_hh.size(1))}, got {tuple(h.shape)}")
+    if not autocast and input.dtype != w_ih.dtype:
+        raise RuntimeError(
+            f"{title}: input and weights must have the same dtype, but got {input.dtype} and {w_ih.dtype}"
+        )

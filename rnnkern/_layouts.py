@@ -1,0 +1,83 @@
+"""What a call's tensors become on their way to the layers: rows, offsets, boundary masks, the dtypes of autocast."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+States = tuple[Tensor, ...]
+
+
+def unflatten(
+    y: Tensor, states: tuple[States, ...], T: int, B: int, batch_first: bool
+) -> tuple[Tensor, tuple[States, ...]]:
+    """Rows to (time, batch) or (batch, time); the last layer's h stays the very output tensor."""
+
+    def shaped(rows: Tensor) -> Tensor:
+        both = rows.view(T, B, rows.size(-1))
+        return both.transpose(0, 1) if batch_first else both
+
+    out = shaped(y)
+    last = len(states) - 1
+    return out, tuple(
+        tuple(out if k == last and n == 0 else shaped(s) for n, s in enumerate(kept)) for k, kept in enumerate(states)
+    )
+
+
+def packed(batch_sizes: Tensor, B: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """First row of every step and length of every batch row, from a PackedSequence's batch sizes."""
+    offsets = batch_sizes.cumsum(0) - batch_sizes
+    ended = torch.searchsorted(batch_sizes.flip(0), torch.arange(B), right=True)
+    lengths = batch_sizes.size(0) - ended
+    return (offsets, lengths) if device.type == "cpu" else (offsets.to(device), lengths.to(device))
+
+
+def boundaries(reset: Tensor, D: int, batch_sizes: Tensor | None, lengths: Tensor | None) -> Tensor:
+    """The caller's mask (a segment begins at t) as [S, D], each direction in its own sense.
+
+    A boundary lies between t-1 and t. Walking forward, the state entering t is replaced; walking back, the one entering
+    t-1. A mark in the padding is no boundary of the sequence: the reverse direction enters at its last row from hx.
+    """
+    if D == 1:
+        return reset.reshape(-1, 1)
+    if batch_sizes is None:
+        later = torch.cat([reset[1:], torch.zeros_like(reset[:1])])
+        if lengths is not None:
+            later = later & (torch.arange(1, reset.size(0) + 1, device=reset.device).unsqueeze(1) < lengths)
+    else:
+        step = torch.repeat_interleave(torch.arange(batch_sizes.size(0)), batch_sizes)
+        row = torch.arange(step.size(0)) - (batch_sizes.cumsum(0) - batch_sizes)[step]
+        below = torch.cat([batch_sizes[1:], batch_sizes.new_zeros(1)])[step]
+        follows = torch.where(row < below, torch.arange(step.size(0)) + batch_sizes[step], step.size(0))
+        later = torch.cat([reset, torch.zeros_like(reset[:1])])[follows.to(reset.device)]
+    return torch.stack([reset.reshape(-1), later.reshape(-1)], 1)
+
+
+def autocast_dtypes(
+    cell: str, input: Tensor, hx: States | None, packed: bool, proj: bool, step: bool = False
+) -> tuple[torch.dtype, torch.dtype]:
+    """Dtypes of (h, c) that torch's networks give under autocast.
+
+    float64 is left alone. On accelerators all is in the autocast dtype. On the CPU that holds for RNN, RNNCell and an
+    LSTM without projection on dense input; elsewhere only the products are cast, and pointwise operations promote to
+    the dtype of the states, which with the default states is the input's. A projection is a product: h is cast, c not.
+    """
+    device = input.device.type
+    low = torch.get_autocast_dtype(device)
+    if input.dtype == torch.float64:
+        return input.dtype, input.dtype
+    if device != "cpu" or cell.startswith("rnn") or (cell == "lstm" and not (packed or proj or step)):
+        return low, low
+    wide = torch.promote_types(low, (hx[-1] if hx else input).dtype)
+    return (low, wide) if proj else (wide, wide)
+
+
+def cast(
+    dtype: torch.dtype, input: Tensor, hx: States | None, params: Sequence[Tensor], reset_state: States | None
+) -> tuple[Tensor, States | None, Sequence[Tensor], States | None]:
+    """All tensors in the dtype of h; c is left as it is, because it goes to the accumulation dtype next."""
+    hx = hx and (hx[0].to(dtype), *hx[1:])
+    reset_state = reset_state and (reset_state[0].to(dtype), *reset_state[1:])
+    return input.to(dtype), hx, [w.to(dtype) for w in params], reset_state

@@ -1,0 +1,381 @@
+"""Recurrent networks as functions: the call level, above the layers.
+
+A call is a whole stack as torch.nn runs it. Here, and nowhere else: validation, autocast, batch_first, unbatched,
+packed and padded input, reset masks, layers times directions and the dropout between layers. Below this are
+:func:`rnnkern.autograd.layer`, one layer in all its directions, or torch's own kernels, which take the call as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rnnkern import _checks, _layouts, dispatch
+from rnnkern._layouts import States
+from rnnkern.autograd import Group, layer
+from rnnkern.backends.base import accumulation_dtype
+from rnnkern.cells import CELLS
+
+TITLES = {"rnn_tanh": "RNN", "rnn_relu": "RNN", "lstm": "LSTM", "gru": "GRU"}
+
+Lengths = Tensor | Sequence[int]
+
+
+def rnn_tanh(
+    input: Tensor,
+    hx: Tensor | None,
+    params: Sequence[Tensor],
+    *,
+    bias: bool = True,
+    num_layers: int = 1,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    batch_sizes: Tensor | None = None,
+    lengths: Lengths | None = None,
+    reset: Tensor | None = None,
+    reset_state: Tensor | None = None,
+    return_states: bool = False,
+) -> tuple[Any, ...]:
+    r"""Elman network with tanh, :math:`h_t = \tanh(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh})`.
+
+    Arguments, results and errors are those of :func:`lstm`, with one state: `hx`, `reset_state` and the second result
+    are tensors, and the third result holds one tensor per layer.
+    """
+    return _one_state("rnn_tanh", **locals())
+
+
+def rnn_relu(
+    input: Tensor,
+    hx: Tensor | None,
+    params: Sequence[Tensor],
+    *,
+    bias: bool = True,
+    num_layers: int = 1,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    batch_sizes: Tensor | None = None,
+    lengths: Lengths | None = None,
+    reset: Tensor | None = None,
+    reset_state: Tensor | None = None,
+    return_states: bool = False,
+) -> tuple[Any, ...]:
+    r"""Elman network with ReLU, :math:`h_t = \max(0, W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh})`.
+
+    Arguments, results and errors are those of :func:`lstm`, with one state: `hx`, `reset_state` and the second result
+    are tensors, and the third result holds one tensor per layer.
+    """
+    return _one_state("rnn_relu", **locals())
+
+
+def gru(
+    input: Tensor,
+    hx: Tensor | None,
+    params: Sequence[Tensor],
+    *,
+    bias: bool = True,
+    num_layers: int = 1,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    batch_sizes: Tensor | None = None,
+    lengths: Lengths | None = None,
+    reset: Tensor | None = None,
+    reset_state: Tensor | None = None,
+    return_states: bool = False,
+) -> tuple[Any, ...]:
+    r"""Gated recurrent unit, in the form of torch.nn and cuDNN (reset gate after the product).
+
+    Equations: :class:`rnnkern.GRU`. Arguments, results and errors are those of :func:`lstm`, with one state: `hx`,
+    `reset_state` and the second result are tensors, and the third result holds one tensor per layer.
+    """
+    return _one_state("gru", **locals())
+
+
+def lstm(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor] | None,
+    params: Sequence[Tensor],
+    *,
+    bias: bool = True,
+    num_layers: int = 1,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    batch_sizes: Tensor | None = None,
+    lengths: Lengths | None = None,
+    reset: Tensor | None = None,
+    reset_state: tuple[Tensor, Tensor] | None = None,
+    return_states: bool = False,
+) -> tuple[Any, ...]:
+    r"""Long short-term memory; equations: :class:`rnnkern.LSTM`.
+
+    Args:
+        input: the sequence; the rows of a :class:`~torch.nn.utils.rnn.PackedSequence` if `batch_sizes` is given.
+        hx: initial states ``(h_0, c_0)``; None: zeros.
+        params: the weights as torch.nn lists them: for every layer, and in it every direction, ``w_ih, w_hh``, with
+            `bias` ``b_ih, b_hh``, and with a projection ``w_hr`` (seen by the number of tensors).
+        bias: whether `params` has biases.
+        num_layers: number of layers.
+        dropout: probability of the dropout between layers, drawn by the same calls in the same order as torch's.
+        training: whether that dropout takes place.
+        bidirectional: whether every layer has a reverse direction.
+        batch_first: whether `input`, `reset` and the outputs are `(N, L, ...)`.
+        batch_sizes: batch size at each step of a packed input, on the CPU.
+        lengths: steps of every sequence of a padded input, integers on any device, zero allowed, in any order.
+            Padding is not computed: outputs there are 0, and final states are those at each sequence's own end.
+        reset: bool mask, one per row of the input. True at t: a segment begins at t, and no state and no gradient
+            crosses between t-1 and t, in either direction; at the first step it replaces `hx` for the forward one.
+        reset_state: states with which segments begin, sized as `hx` or with batch size 1; None: zeros.
+        return_states: also return all states of all layers.
+
+    Shape:
+        - input: `(L, N, I)`, `(N, L, I)` with `batch_first`, `(L, I)` unbatched, `(sum of lengths, I)` packed.
+        - h_0, h_n: `(D * num_layers, N, P)`, c_0, c_n: `(D * num_layers, N, H)`; unbatched without `N`.
+        - output: as `input`, with `D * P` features.
+        - reset: as `input` without features. lengths: `(N)`.
+        - third result, in the container and layout of `input`: per layer ``(h, c)`` with `D * P` and `D * H` features,
+          before dropout.
+
+    dtype: float64, float32, bfloat16 or float16, one for all tensors; sums and c in float32 (float64 for float64).
+    Under autocast, results have the dtypes that torch's own networks give.
+
+    Returns:
+        ``output, (h_n, c_n)``, and with `return_states` a tuple over layers as the third.
+
+    Raises:
+        ValueError: input of the wrong rank or dtype, or lengths, reset or reset_state that do not fit the input.
+        RuntimeError: sizes, dtypes or devices that do not fit each other, no time steps, or a backend asked for by
+            name that cannot do it.
+
+    Example::
+
+        >>> m = torch.nn.LSTM(10, 20)
+        >>> y, (hn, cn) = rnnkern.functional.lstm(torch.randn(5, 3, 10), None, list(m.parameters()))
+    """
+    y, final, states = run(
+        "lstm", input, None if hx is None else (hx[0], hx[1]), params, bias, num_layers, dropout, training,
+        bidirectional, batch_first, batch_sizes, lengths, reset,
+        None if reset_state is None else (reset_state[0], reset_state[1]), return_states,
+    )  # fmt: skip
+    return (y, final, states) if return_states else (y, final)
+
+
+def _one_state(cell: str, hx: Tensor | None, reset_state: Tensor | None, **arguments: Any) -> tuple[Any, ...]:
+    y, (final,), states = run(
+        cell, hx=None if hx is None else (hx,), reset_state=None if reset_state is None else (reset_state,), **arguments
+    )
+    return (y, final, tuple(h for (h,) in states)) if arguments["return_states"] else (y, final)
+
+
+def run(
+    cell: str,
+    input: Tensor,
+    hx: States | None,
+    params: Sequence[Tensor],
+    bias: bool,
+    num_layers: int,
+    dropout: float,
+    training: bool,
+    bidirectional: bool,
+    batch_first: bool,
+    batch_sizes: Tensor | None = None,
+    lengths: Lengths | None = None,
+    reset: Tensor | None = None,
+    reset_state: States | None = None,
+    return_states: bool = False,
+) -> tuple[Tensor, States, tuple[States, ...]]:
+    """What the modules and the functions above share: (output, final states, states of every layer or nothing)."""
+    two = cell == "lstm"
+    packed = batch_sizes is not None
+    batched = True
+    D = 2 if bidirectional else 1
+    if not packed:
+        batched = _checks.rank(TITLES[cell], input)
+        if hx is not None:
+            _checks.state_rank(hx, batched)
+        if not batched:
+            batch_first = False
+            input = input.unsqueeze(1)
+            hx = hx and tuple(h.unsqueeze(1) for h in hx)
+            reset = None if reset is None else reset.unsqueeze(-1)
+            reset_state = reset_state and tuple(h.unsqueeze(1) for h in reset_state)
+    gates = len(CELLS[cell].gates)
+    I, H, P, per = _checks.weights(params, gates, bias, num_layers, D, two)  # noqa: E741
+    proj = per % 2 == 1
+    _checks.input_like_weight(input, params[0], packed)
+    if packed:
+        _checks.batch_sizes(batch_sizes, input.size(0))
+        T, B = batch_sizes.size(0), int(batch_sizes[0])
+    elif batch_first:
+        B, T = input.shape[:2]
+    else:
+        T, B = input.shape[:2]
+    _checks.steps(T)
+    widths = (P, H) if two else (P,)
+    sizes = tuple((num_layers * D, B, width) for width in widths)
+    autocast = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(input.device.type)
+    if hx is not None:
+        _checks.state_sizes(hx, sizes)
+        _checks.alike(input, hx, "hidden", not autocast)
+    _checks.alike(input, params, "parameter", not autocast)
+    if lengths is not None:
+        lengths = _checks.lengths(lengths, T, B, input.device, packed, batched)
+    if reset is not None:
+        _checks.reset(reset, input.shape[:-1], input.device)
+        if reset_state is not None:
+            _checks.reset_state(reset_state, sizes)
+            _checks.alike(input, reset_state, "reset_state", not autocast)
+    elif reset_state is not None:
+        raise ValueError("reset_state: only together with reset, the mask that says where it is used")
+
+    backend = None
+    if dispatch.wants_torch(input.device, input.dtype, cell, B, packed):
+        from rnnkern.backends import torch as torch_kernels
+
+        fits = dispatch.may_torch(torch_kernels.cannot(lengths is not None, reset is not None, return_states))
+        if torch_kernels.transformed():
+            backend = "reference" if dispatch.requested() == "torch" else None
+        elif fits:
+            dispatch.ran("torch")
+            y, final = torch_kernels.call(
+                cell, input, hx, params, bias, num_layers, dropout, training, bidirectional, batch_first, batch_sizes,
+                sizes,
+            )  # fmt: skip
+            return (y, final, ()) if batched else (y.squeeze(1), tuple(h.squeeze(1) for h in final), ())
+
+    dtypes = tuple(input.dtype for _ in widths)
+    if autocast:
+        dtypes = _layouts.autocast_dtypes(cell, input, hx, packed, proj)
+        input, hx, params, reset_state = _layouts.cast(dtypes[0], input, hx, params, reset_state)
+    x = (input.transpose(0, 1) if batch_first else input).reshape(-1, I)
+    if reset is not None:
+        reset = _layouts.boundaries(reset.t() if batch_first else reset, D, batch_sizes, lengths)
+    offsets = None
+    if packed:
+        offsets, lengths = _layouts.packed(batch_sizes, B, input.device)
+    if autocast:
+        with torch.autocast(input.device.type, enabled=False):
+            y, final, states = stack(
+                cell, x, hx, params, per, bias, num_layers, dropout if training else 0.0, D, T, sizes,
+                offsets, lengths, reset, reset_state, return_states, backend,
+            )  # fmt: skip
+    else:
+        y, final, states = stack(
+            cell, x, hx, params, per, bias, num_layers, dropout if training else 0.0, D, T, sizes,
+            offsets, lengths, reset, reset_state, return_states, backend,
+        )  # fmt: skip
+    if two and final[1].dtype != dtypes[1]:
+        final = (final[0], final[1].to(dtypes[1]))
+
+    if packed:
+        return y, final, states
+    y, states = _layouts.unflatten(y, states, T, B, batch_first)
+    if batched:
+        return y, final, states
+    return y.squeeze(1), tuple(h.squeeze(1) for h in final), tuple(tuple(s.squeeze(1) for s in k) for k in states)
+
+
+def stack(
+    cell: str,
+    x: Tensor,
+    hx: States | None,
+    params: Sequence[Tensor],
+    per: int,
+    bias: bool,
+    num_layers: int,
+    dropout: float,
+    D: int,
+    T: int,
+    sizes: tuple[tuple[int, int, int], ...],
+    offsets: Tensor | None = None,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+    reset_state: States | None = None,
+    return_states: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, States, tuple[States, ...]]:
+    """Layers times directions over rows `x` [S, I]; c is in the accumulation dtype in `final`, in x's in the states."""
+    B = sizes[0][1]
+    acc = accumulation_dtype(x.dtype)
+    if hx is None:
+        hx = tuple(x.new_zeros(size, dtype=acc if n else x.dtype) for n, size in enumerate(sizes))
+    elif len(hx) > 1:
+        hx = (hx[0], hx[1].to(acc))
+    restart: States = ()
+    if reset_state is not None:
+        restart = tuple(h.to(acc) if n else h for n, h in enumerate(reset_state))
+        restart = tuple(h.expand(-1, B, -1) for h in restart)
+    reverse = (False, True)[:D]
+    proj = per > 2 + 2 * bias
+    names = ("w_hh", "b_hh", "w_hr") if bias and proj else ("w_hh", "b_hh") if bias else ("w_hh", "w_hr")[: 1 + proj]
+    keep = return_states and len(sizes) > 1
+    finals, states = [], []
+    for k in range(num_layers):
+        groups = []
+        for start in range(k * D * per, (k + 1) * D * per, per):
+            w = params[start : start + per]
+            groups.append(Group(w[0], w[2], (w[1], *w[3:])) if bias else Group(w[0], None, tuple(w[1:])))
+        entering, segment = hx, restart
+        if num_layers > 1:
+            entering = tuple(h[k * D : (k + 1) * D] for h in hx)
+            segment = tuple(h[k * D : (k + 1) * D] for h in restart)
+        y, final, seq = layer(
+            cell, x.unsqueeze(1), entering, tuple(groups), reverse, T, B, param_names=names, offsets=offsets,
+            lengths=lengths, reset=reset, reset_states=segment, keep_states=keep, backend=backend,
+        )  # fmt: skip
+        x = y.flatten(1)
+        finals.append(final)
+        if return_states:
+            states.append((x, *(s.flatten(1).to(x.dtype) for s in seq)))
+        if dropout and k < num_layers - 1:
+            x = torch.dropout(x, dropout, True)
+    final = finals[0] if num_layers == 1 else tuple(torch.cat(parts) for parts in zip(*finals, strict=True))
+    return x, final, tuple(states)
+
+
+def run_cell(
+    cell: str, title: str, input: Tensor, hx: States | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None,
+    b_hh: Tensor | None,
+) -> States:  # fmt: skip
+    """One step of a cell module: (h,) or (h, c). A scan with T=1 on the same backends."""
+    autocast = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(input.device.type)
+    batched = input.dim() == 2
+    if not batched:
+        input = input.unsqueeze(0)
+        hx = hx and tuple(h.unsqueeze(0) for h in hx)
+    _checks.cell(title, input, hx, w_ih, w_hh, autocast)
+    weights = (w_ih, w_hh) if b_ih is None or b_hh is None else (w_ih, w_hh, b_ih, b_hh)
+    _checks.alike(input, weights, "parameter", not autocast)
+    if hx is not None:
+        _checks.alike(input, hx, "hidden", not autocast)
+    B, H = input.size(0), w_hh.size(1)
+    two = cell == "lstm"
+    if dispatch.wants_torch(input.device, input.dtype, cell + "_cell", B, False):
+        from rnnkern.backends import torch as torch_kernels
+
+        dispatch.ran("torch")
+        final = torch_kernels.step(cell, input, hx, w_ih, w_hh, b_ih, b_hh)
+        return final if batched else tuple(h.squeeze(0) for h in final)
+    dtypes = (input.dtype, input.dtype)
+    if autocast:
+        dtypes = _layouts.autocast_dtypes(cell, input, hx, False, False, True)
+        input, hx, weights, _ = _layouts.cast(dtypes[0], input, hx, weights, None)
+    hx = hx and tuple(h.unsqueeze(0) for h in hx)
+    sizes = ((1, B, H), (1, B, H)) if two else ((1, B, H),)
+    arguments = (cell, input, hx, weights, len(weights), len(weights) == 4, 1, 0.0, 1, 1, sizes)
+    if autocast:
+        with torch.autocast(input.device.type, enabled=False):
+            y, final, _ = stack(*arguments)
+    else:
+        y, final, _ = stack(*arguments)
+    states = (final[0][0], final[1][0].to(dtypes[1])) if two else (final[0][0],)
+    return states if batched else tuple(h.squeeze(0) for h in states)
