@@ -1,7 +1,7 @@
 """The two opaque ops of the library and their fakes. Nothing else registers ops.
 
-Opaque to torch.compile, torch.export and dispatch modes, and without derivatives of their own: those belong to the layer
-(autograd.py). Every option travels in the one string `spec` (ScanSpec.encode), so the schemas never change.
+Opaque to torch.compile, torch.export and dispatch modes, and without derivatives of their own: those belong to the
+layer (autograd.py). Every option travels in the one string `spec` (ScanSpec.encode), so the schemas never change.
 """
 
 from __future__ import annotations

@@ -1,0 +1,125 @@
+"""vmap as a layout of the same call: no kernel knows of it.
+
+Two layouts. Where no weight is batched, each row holds the n samples (row = s * n + i: the batch becomes B * n, offsets
+are multiplied by n, lengths repeated; packed order stays valid). Where any weight is, the groups are repeated (N
+becomes n * N). Lengths that differ from model to model fit neither: there the samples are run one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from rnnkern._plan import Plan
+
+Mapped = tuple[tuple[Tensor | None, ...], tuple[int | None, ...]]
+
+
+def sample(v: Tensor, dim: int | None, i: int) -> Tensor:
+    return v if dim is None else v.select(dim, i)
+
+
+def one_by_one(run: Callable[[int], Sequence[Tensor | None]], n: int) -> Mapped:
+    """What `run` returns for each sample, stacked."""
+    columns = list(zip(*(run(i) for i in range(n)), strict=True))
+    values = tuple(None if c[0] is None else torch.stack([v for v in c if v is not None]) for c in columns)
+    return values, tuple(None if v is None else 0 for v in values)
+
+
+class Fold:
+    """One vmapped layer call as an unbatched one.
+
+    Args:
+        n: samples.
+        plan, T, B: of the call.
+        tensors, dims: x and what follows it, and where each has its batch dimension.
+        groups: take the second layout even where no weight is batched.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        plan: Plan,
+        T: int,
+        B: int,
+        tensors: Sequence[Tensor],
+        dims: Sequence[int | None],
+        groups: bool = False,
+    ) -> None:
+        self.n, self.base, self.T = n, plan, T
+        K = len(plan.cell.states)
+        named = zip(("offsets", "lengths", "rows"), plan.present, strict=True)
+        optional = [kind for kind, there in named if there]
+        masks = ["state" if name == "h" else "rows" for name in plan.spec.noise]
+        self.kinds = ["rows", *optional, *["state"] * (K + plan.resets), *masks]
+        self.outputs = ["rows", *["state"] * K, *["rows"] * (K + 1)]  # y, final, seq, planes, hidden
+        first = len(self.kinds)
+        self.groups = groups or any(dim is not None for dim in dims[first:])
+        batched = {kind for kind, dim in zip(self.kinds, dims, strict=False) if dim is not None}
+        self.possible = "offsets" not in batched and not (self.groups and "lengths" in batched)
+        if not self.possible:
+            return
+        arguments = [self.put(v, d, kind) for v, d, kind in zip(tensors, dims, self.kinds, strict=False)]
+        weights = list(zip(tensors[first:], dims[first:], strict=True))
+        self.weights = len(weights)
+        if self.groups:
+            arguments += [sample(v, dim, i) for i in range(n) for v, dim in weights]
+            spec = replace(plan.spec, reverse=plan.spec.reverse * n)
+            self.plan, self.B = replace(plan, spec=spec, text=spec.encode(), models=plan.models * n), B
+        else:
+            arguments += [v for v, _ in weights]
+            self.plan, self.B = plan, B * n
+        self.args = arguments
+
+    def axis(self, kind: str) -> int:
+        """Where n goes: before the groups, or behind the rows or the batch."""
+        if self.groups:
+            return 0 if kind == "state" else 1
+        return 2 if kind == "state" else 1
+
+    def put(self, v: Tensor, dim: int | None, kind: str) -> Tensor:
+        n = self.n
+        if kind == "offsets":
+            return v if self.groups else v * n
+        if kind == "lengths":
+            if self.groups:
+                return v
+            return (v.unsqueeze(1).expand(-1, n) if dim is None else v.movedim(dim, 1)).reshape(-1)
+        if v.dim() - (dim is not None) == 1:  # absent
+            return v.new_empty(0)
+        axis = self.axis(kind)
+        v = v.unsqueeze(axis).expand(*v.shape[:axis], n, *v.shape[axis:]) if dim is None else v.movedim(dim, axis)
+        return v.flatten(axis, axis + 1) if self.groups else v.flatten(axis - 1, axis)
+
+    def take(self, v: Tensor | None, kind: str) -> tuple[Tensor | None, int | None]:
+        """The inverse of `put`: a tensor with a batch dimension, and where that is."""
+        if v is None or v.dim() == 1:
+            return v, None
+        axis = self.axis(kind)
+        if self.groups:
+            return v.unflatten(axis, (self.n, v.shape[axis] // self.n)), axis
+        return v.unflatten(axis - 1, (v.shape[axis - 1] // self.n, self.n)), axis
+
+    def split_outputs(self, outputs: Sequence[Tensor]) -> Mapped:
+        taken = [self.take(v, kind) for v, kind in zip(outputs, self.outputs, strict=True)]
+        return tuple(v for v, _ in taken), tuple(dim for _, dim in taken)
+
+    def split_gradients(self, grads: Sequence[Tensor | None]) -> Mapped:
+        """Gradients of x and of what follows it, those of the weights per sample."""
+        taken = [self.take(v, kind) for v, kind in zip(grads, self.kinds, strict=False)]
+        weights = grads[len(self.kinds) :]
+        if self.groups:
+            for k in range(self.weights):
+                mine = [v for v in weights[k :: self.weights] if v is not None]
+                taken.append((torch.stack(mine), 0) if mine else (None, None))
+        else:
+            inner = self.base.samples
+            for v in weights:
+                if v is not None and inner:
+                    taken.append((v.unflatten(0, (inner, self.n)), 1))
+                else:
+                    taken.append((v, None if v is None else 0))
+        return tuple(v for v, _ in taken), tuple(dim for _, dim in taken)
