@@ -198,7 +198,9 @@ def run(
     packed = batch_sizes is not None
     batched = True
     D = 2 if bidirectional else 1
-    if not packed:
+    if packed:
+        batch_first = False
+    else:
         batched = _checks.rank(TITLES[cell], input)
         if hx is not None:
             _checks.state_rank(hx, batched)
