@@ -1,0 +1,81 @@
+// The boundary between Python and the kernels: plain structs of pointers, sizes and strides. Neither torch nor Python here.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace rnnkern {
+
+enum class Cell : int { rnn_tanh, rnn_relu, lstm, gru };
+enum class DType : int { f64, f32, bf16, f16 };
+
+constexpr int kMaxStates = 2;
+
+// One group of weights: a direction of a layer, or a member of an ensemble. Row-major and contiguous, gates in torch order.
+struct Weights {
+  const void* w_hh = nullptr;  // [G*H, P]
+  const void* b_hh = nullptr;  // [G*H] or null
+  const void* w_hr = nullptr;  // [P, H] or null: then P == H
+  const void* w_ih = nullptr;  // [G*H, I]: only where the kernel projects the input itself
+  const void* b_ih = nullptr;  // [G*H] or null
+  bool reverse = false;
+};
+
+// What forward and backward share. S rows of (time, batch), N groups; row of (t, b) is offsets[t] + b.
+struct Scan {
+  Cell cell = Cell::lstm;
+  DType dtype = DType::f32;
+  int64_t T = 0, B = 0, S = 0, N = 0, I = 0, H = 0, P = 0;
+  int64_t models = 1;                   // x is [S, models, I]; group n reads x[:, n / (N / models)]
+  const int64_t* offsets = nullptr;     // [T]; null: t * B
+  const int64_t* lengths = nullptr;     // [B]; null: all T
+  const uint8_t* reset = nullptr;       // [S, N] with the strides below; null: none
+  int64_t reset_s = 0, reset_n = 0;
+  const void* reset_state[kMaxStates] = {};  // [N, B, width], batch stride 0 allowed; null: zero
+  int64_t reset_state_n[kMaxStates] = {}, reset_state_b[kMaxStates] = {};
+  const Weights* weights = nullptr;     // [N]
+  const void* state[kMaxStates] = {};   // [N, B, width] contiguous
+  int threads = 1;
+};
+
+struct Forward : Scan {
+  const void* gx = nullptr;  // [S, N, G*H], last stride 1; null: computed here from x
+  int64_t gx_s = 0, gx_n = 0;
+  const void* x = nullptr;  // [S, models, I], last stride 1
+  int64_t x_s = 0, x_m = 0;
+  void* y = nullptr;                  // [S, N, P]
+  void* final_state[kMaxStates] = {};  // [N, B, width]
+  void* seq = nullptr;                // [S, N, H] second state after every step, accumulation dtype; or null
+  void* planes = nullptr;             // [S, N, Q, H] or null
+  void* hidden = nullptr;             // [S, N, H] or null
+};
+
+struct Backward : Scan {
+  const void* y = nullptr;       // [S, N, P] of the forward
+  const void* seq = nullptr;     // [S, N, H]
+  const void* planes = nullptr;  // [S, N, Q, H]
+  const void* dy = nullptr;      // [S, N, P], last stride 1
+  int64_t dy_s = 0, dy_n = 0;
+  const void* dseq = nullptr;                // [S, N, H] contiguous or null
+  const void* dfinal[kMaxStates] = {};       // [N, B, width] contiguous
+  void* dgx = nullptr;                       // [S, N, G*H]
+  void* dgh = nullptr;                       // [S, N, G*H], cells with a split gate only
+  void* dh = nullptr;                        // [S, N, P], with w_hr only
+  void* dstate[kMaxStates] = {};             // [N, B, width]
+  void* dreset_state[kMaxStates] = {};       // [N, B, width], zeroed by the caller; null without reset states
+};
+
+// The kernels of one instruction set.
+struct Kernels {
+  const char* name;
+  bool (*supported)();
+  void (*forward)(const Forward&);
+  void (*backward)(const Backward&);
+};
+
+extern const Kernels kBaseline, kAvx2, kAvx512, kAvx512Bf16;
+
+// The set that RNNKERN_CPU_ISA names or else the best that this machine has; throws std::runtime_error with the reason.
+const Kernels& choose_kernels(const char* requested);
+const char* const* known_isas();  // null-terminated, best first
+
+}  // namespace rnnkern

@@ -1,0 +1,75 @@
+// Choice of the instruction set, threads and scratch memory.
+#include <sched.h>
+
+#include <cstdlib>
+#include <new>
+#include <stdexcept>
+#include <string>
+
+#include "api.h"
+#include "threads.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace rnnkern {
+
+bool run_parallel(int threads, void (*fn)(void*, int), void* context) {
+  if (threads == 1) {
+    fn(context, 0);
+    return true;
+  }
+#ifdef _OPENMP
+  bool granted = false;
+#pragma omp parallel num_threads(threads)
+  if (omp_get_num_threads() == threads) {
+    if (omp_get_thread_num() == 0) granted = true;
+    fn(context, omp_get_thread_num());
+  }
+  return granted;
+#else
+  return false;
+#endif
+}
+
+void yield_thread() { sched_yield(); }
+
+void Scratch::allocate() {
+  base_ = static_cast<unsigned char*>(std::aligned_alloc(64, size_ ? size_ : 64));
+  if (!base_) throw std::runtime_error("rnnkern: out of memory: cannot allocate " + std::to_string(size_) + " bytes of scratch space");
+  for (int i = 0; i < count_; i++) *arrays_[i].array = base_ + arrays_[i].offset;
+}
+
+Scratch::~Scratch() { std::free(base_); }
+
+static const Kernels* const kAll[] = {
+#if defined(__x86_64__)
+    &kAvx512Bf16, &kAvx512, &kAvx2,
+#endif
+    &kBaseline,
+};
+
+const char* const* known_isas() {
+  static const char* names[sizeof(kAll) / sizeof(*kAll) + 1] = {};
+  for (size_t i = 0; i < sizeof(kAll) / sizeof(*kAll); i++) names[i] = kAll[i]->name;
+  return names;
+}
+
+const Kernels& choose_kernels(const char* requested) {
+  if (!requested || !*requested) {
+    for (const Kernels* k : kAll)
+      if (k->supported()) return *k;
+  }
+  std::string names;
+  for (const Kernels* k : kAll) {
+    names += std::string(names.empty() ? "" : ", ") + k->name;
+    if (requested && std::string(requested) == k->name) {
+      if (k->supported()) return *k;
+      throw std::runtime_error(std::string("RNNKERN_CPU_ISA=") + requested + ": this machine does not have that instruction set");
+    }
+  }
+  throw std::runtime_error(std::string("RNNKERN_CPU_ISA=") + requested + ": expected one of " + names);
+}
+
+}  // namespace rnnkern

@@ -1,0 +1,312 @@
+// The backward scan: one driver for every cell, storage type and instruction set; no include guard.
+
+template <class Cell, class M>
+class BackwardScan {
+  typedef typename M::CT CT;
+  typedef typename M::ST ST;
+  typedef typename M::A A;
+  typedef typename M::W W;
+  typedef vec<CT> V;
+  static constexpr int n = Simd<CT>::n, G = Cell::kGates, K = Cell::kStates, Q = Cell::kPlanes;
+
+ public:
+  static void run(const Backward& f) {
+    if (f.B == 0 || f.S == 0) return copy_gradients(f);
+    run_scan<BackwardScan>(f);
+  }
+
+  BackwardScan(const Backward& f, int max_threads) : f_(f), rows_(f) {
+    projected_ = f.weights[0].w_hr != nullptr;
+    blocks_ = ceil_div(f.H, n);
+    out_blocks_ = ceil_div(f.P, n);
+    split_ = Split::choose(max_threads, f.N, f.B, blocks_, G * f.H * f.P * int64_t(sizeof(W)), f.lengths != nullptr);
+    pack_ = f.B > 1 && f.S >= 4 * f.B;
+    c_stride_ = blocks_ * n;
+    h_stride_ = out_blocks_ * n;
+    d_stride_ = ceil_div(f.P, M::kStep) * M::kStep;
+    g_stride_ = ceil_div(G * f.H, M::kStep) * M::kStep;
+    hh_steps_ = ceil_div(G * f.H, M::kPair);
+    hr_steps_ = ceil_div(f.P, M::kPair);
+    int64_t rows = f.N * f.B;
+    mem_.add(&dh_, rows * h_stride_);
+    mem_.add(&dc_, K > 1 ? rows * c_stride_ : 0);
+    mem_.add(&dg_, 2 * rows * g_stride_);
+    mem_.add(&dp_, projected_ ? rows * d_stride_ : 0);
+    mem_.add(&fresh_h_, f.dreset_state[0] ? rows * h_stride_ : 0);
+    mem_.add(&fresh_c_, f.dreset_state[0] && K > 1 ? rows * c_stride_ : 0);
+    mem_.add(&hh_, pack_ ? f.N * out_blocks_ * n * hh_steps_ : 0);
+    mem_.add(&hr_, pack_ && projected_ ? f.N * blocks_ * n * hr_steps_ : 0);
+    mem_.add(&barriers_, split_.teams() + 1);
+    mem_.allocate();
+    for (int i = 0; i <= split_.teams(); i++) (new (barriers_ + i) Barrier)->reset(i ? split_.cols : split_.threads());
+  }
+
+  int threads() const { return split_.threads(); }
+
+  void work(int rank) {
+    prepare(rank);
+    barriers_[0].wait();
+    int team = rank / split_.cols;
+    Range rows = share(f_.B, split_.rows, team % split_.rows);
+    for (int64_t g = team / split_.rows; g < f_.N; g += split_.groups) scan(g, rows, rank);
+  }
+
+ private:
+  static void copy_gradients(const Backward& f) {
+    for (int k = 0; k < K; k++)
+      if (size_t bytes = f.N * f.B * (k ? f.H * sizeof(CT) : f.P * sizeof(ST))) __builtin_memcpy(f.dstate[k], f.dfinal[k], bytes);
+  }
+
+  // ---- packing and the gradients of the final states, by all threads ----------------------------------------------
+
+  void prepare(int rank) {
+    int threads = split_.threads();
+    int64_t unit = 0;
+    for (int64_t g = 0; g < f_.N; g++) {
+      const Weights& w = f_.weights[g];
+      for (int col = 0; pack_ && col < split_.cols; col++) {
+        Range own = share(blocks_, split_.cols, col), out = share(out_blocks_, split_.cols, col);
+        for (int64_t b = out.begin; b < out.end; b += 4)
+          if (unit++ % threads == rank)
+            pack_nn<M>((const ST*)w.w_hh, f_.P, G * f_.H, b * n, f_.P - b * n, out.take(b, 4), hh_ + (g * out_blocks_ + b) * n * hh_steps_);
+        for (int64_t b = own.begin; projected_ && b < own.end; b += 4)
+          if (unit++ % threads == rank)
+            pack_nn<M>((const ST*)w.w_hr, f_.H, f_.P, b * n, f_.H - b * n, own.take(b, 4), hr_ + (g * blocks_ + b) * n * hr_steps_);
+      }
+      Range mine = share(f_.B, threads, rank);
+      for (int64_t i = mine.begin; i < mine.end; i++) start_row(g, i);
+    }
+  }
+
+  CT* dh_at(int64_t g, int64_t i) { return dh_ + (g * f_.B + i) * h_stride_; }
+  CT* dc_at(int64_t g, int64_t i) { return dc_ + (g * f_.B + i) * c_stride_; }
+  A* dg_at(int64_t g, int parity, int64_t i) { return dg_ + ((g * 2 + parity) * f_.B + i) * g_stride_; }
+  A* dp_at(int64_t g, int64_t i) { return dp_ + (g * f_.B + i) * d_stride_; }
+
+  void start_row(int64_t g, int64_t i) {
+    int64_t from = g * f_.B + rows_.batch_row(i);
+    copy_left<Plain<CT, ST>>((const ST*)f_.dfinal[0] + from * f_.P, f_.P, h_stride_, dh_at(g, i));
+    if constexpr (K > 1) copy_left<Plain<CT, CT>>((const CT*)f_.dfinal[1] + from * f_.H, f_.H, c_stride_, dc_at(g, i));
+    for (int parity = 0; parity < 2; parity++)
+      for (int64_t j = G * f_.H; j < g_stride_; j++) dg_at(g, parity, i)[j] = A{};
+    if (projected_)
+      for (int64_t j = f_.P; j < d_stride_; j++) dp_at(g, i)[j] = A{};
+    if (f_.dreset_state[0]) {
+      __builtin_memset(fresh_h_ + (g * f_.B + i) * h_stride_, 0, h_stride_ * sizeof(CT));
+      if (K > 1) __builtin_memset(fresh_c_ + (g * f_.B + i) * c_stride_, 0, c_stride_ * sizeof(CT));
+    }
+  }
+
+  // ---- one group, one share of rows, this thread's columns -------------------------------------------------------
+
+  struct Job {
+    const Weights& w;
+    int64_t g;
+    Range rows, own, out;  // batch rows; blocks of hidden units and of outputs
+  };
+
+  void scan(int64_t g, Range rows, int rank) {
+    int col = rank % split_.cols;
+    Barrier& barrier = barriers_[1 + rank / split_.cols];
+    Job job{f_.weights[g], g, rows, share(blocks_, split_.cols, col), share(out_blocks_, split_.cols, col)};
+    int parity = 0;
+    for (int64_t step = 0; step < f_.T; step++) {
+      int64_t t = job.w.reverse ? step : f_.T - 1 - step, count = rows_.alive(t, rows);
+      if (count == 0) continue;
+      if (projected_) {
+        total_dh(job, t, count);
+        barrier.wait();
+      }
+      step_back(job, t, count, parity);
+      barrier.wait();
+      carry_back(job, t, count, parity);
+      parity ^= 1;
+    }
+    finish(job);
+  }
+
+  // dh of the projected h for this thread's outputs.
+  void total_dh(const Job& job, int64_t t, int64_t count) {
+    Range columns = job.out.columns(n, f_.P);
+    for (int64_t i = job.rows.begin; i < job.rows.begin + count; i++) {
+      int64_t row = rows_.at(t, i);
+      const ST* dy = (const ST*)f_.dy + row * f_.dy_s + job.g * f_.dy_n;
+      ST* total = (ST*)f_.dh + (row * f_.N + job.g) * f_.P;
+      for (int64_t j = columns.begin; j < columns.end; j += n) {
+        int valid = columns.take(j, n);
+        V d = load(dy + j, valid) + load(dh_at(job.g, i) + j);
+        store(total + j, d, valid);
+        store(dp_at(job.g, i) + j, d, valid);
+      }
+    }
+  }
+
+  // The cell's backward for this thread's hidden units: gate gradients to memory and to the next product.
+  void step_back(const Job& job, int64_t t, int64_t count, int parity) {
+    if (!projected_) {
+      for (int64_t i = job.rows.begin; i < job.rows.begin + count; i++) {
+        int64_t row = rows_.at(t, i);
+        const ST* dy = (const ST*)f_.dy + row * f_.dy_s + job.g * f_.dy_n;
+        Entering from = entering(job, t, i, row);
+        for (int64_t b = job.own.begin; b < job.own.end; b++) {
+          int64_t j = b * n;
+          int valid = int(f_.H - j < n ? f_.H - j : n);
+          cell_back(job, row, i, j, valid, parity, from, load(dy + j, valid) + load(dh_at(job.g, i) + j));
+        }
+      }
+      return;
+    }
+    alignas(64) CT dm[kMaxTile * 4 * n];
+    const A* a[kMaxTile];
+    for (int64_t b = job.own.begin; b < job.own.end; b += 4) {
+      int units = job.own.take(b, 4);
+      int64_t tiles = ceil_div(count, max_rows(units));
+      for (int64_t k = 0; k < tiles; k++) {
+        Range r = share(count, tiles, k);
+        for (int64_t i = r.begin; i < r.end; i++) a[i - r.begin] = dp_at(job.g, job.rows.begin + i);
+        back_product(int(r.size()), units, a, pack_ ? hr_ + (job.g * blocks_ + b) * n * hr_steps_ : nullptr, hr_steps_,
+                     (const ST*)job.w.w_hr, f_.H, f_.P, b, dm);
+        for (int64_t i = job.rows.begin + r.begin; i < job.rows.begin + r.end; i++) {
+          int64_t row = rows_.at(t, i);
+          Entering from = entering(job, t, i, row);
+          for (int u = 0; u < units; u++) {
+            int64_t j = (b + u) * n;
+            cell_back(job, row, i, j, int(f_.H - j < n ? f_.H - j : n), parity, from,
+                      load(dm + ((i - job.rows.begin - r.begin) * units + u) * n));
+          }
+        }
+      }
+    }
+  }
+
+  // out[rows][units][n] = left rows times columns of w [depth, ld].
+  static void back_product(int rows, int units, const A* const* a, const W* panel, int64_t steps, const ST* w, int64_t ld, int64_t depth,
+                           int64_t block, CT* out) {
+    if (panel) return packed_tile<M>(rows, units, a, panel, steps, nullptr, out);
+    int64_t j = block * n, width = ld - j;
+    for (int i = 0; i < rows; i++, out += units * n) switch (units) {
+        case 1: direct_nn<A, ST, CT, 1>(a[i], w + j, ld, depth, width, out); break;
+        case 2: direct_nn<A, ST, CT, 2>(a[i], w + j, ld, depth, width, out); break;
+        case 3: direct_nn<A, ST, CT, 3>(a[i], w + j, ld, depth, width, out); break;
+        case 4: direct_nn<A, ST, CT, 4>(a[i], w + j, ld, depth, width, out); break;
+      }
+  }
+
+  // Where the states that entered a step lie; null: zero.
+  struct Entering {
+    const ST* h;
+    const CT* c;
+    bool fresh;
+  };
+
+  Entering entering(const Job& job, int64_t t, int64_t i, int64_t row) const {
+    int64_t b = rows_.batch_row(i), own = job.g * f_.B + b;
+    bool fresh = rows_.resets(row, job.g);
+    const ST* h = nullptr;
+    const CT* c = nullptr;
+    if (fresh) {
+      if (Cell::kReadsH) h = reset_value<ST>(f_, 0, job.g, b);
+      if constexpr (K > 1) c = reset_value<CT>(f_, 1, job.g, b);
+    } else if (t == rows_.first(i, job.w.reverse)) {
+      h = (const ST*)f_.state[0] + own * f_.P;
+      if constexpr (K > 1) c = (const CT*)f_.state[1] + own * f_.H;
+    } else {
+      int64_t before = rows_.at(job.w.reverse ? t + 1 : t - 1, i) * f_.N + job.g;
+      h = (const ST*)f_.y + before * f_.P;
+      if constexpr (K > 1) c = (const CT*)f_.seq + before * f_.H;
+    }
+    return {h, c, fresh};
+  }
+
+  RK_INLINE void cell_back(const Job& job, int64_t row, int64_t i, int64_t j, int valid, int parity, const Entering& from, V dh) {
+    int64_t at = row * f_.N + job.g;
+    V dstate[K], plane[Q], state[K], dgx[G], dgh[G], denter[K];
+    dstate[0] = dh;
+    for (int q = 0; q < Q; q++) plane[q] = load((const ST*)f_.planes + (at * Q + q) * f_.H + j, valid);
+    if (Cell::kReadsH) state[0] = from.h ? load(from.h + j, valid) : V{};
+    if constexpr (K > 1) {
+      state[1] = from.c ? load(from.c + j, valid) : V{};
+      dstate[1] = load(dc_at(job.g, i) + j);
+      if (f_.dseq) dstate[1] += load((const CT*)f_.dseq + at * f_.H + j, valid);
+    }
+    Cell::step_backward(dstate, plane, state, dgx, dgh, denter);
+    for (int k = 0; k < G; k++) {
+      int64_t column = at * G * f_.H + k * f_.H + j;
+      store((ST*)f_.dgx + column, dgx[k], valid);
+      if (Cell::kSplit) store((ST*)f_.dgh + column, dgh[k], valid);
+      store(dg_at(job.g, parity, i) + k * f_.H + j, dgh[k], valid);
+    }
+    if (Cell::kReadsH) store(dh_at(job.g, i) + j, denter[0]);
+    if constexpr (K > 1) {
+      if (__builtin_expect(from.fresh, 0)) {
+        if (f_.dreset_state[0]) {
+          CT* sum = fresh_c_ + (job.g * f_.B + i) * c_stride_ + j;
+          store(sum, load(sum) + denter[1]);
+        }
+        denter[1] = V{};
+      }
+      store(dc_at(job.g, i) + j, denter[1]);
+    }
+  }
+
+  // Gradient of the entering h for this thread's outputs: the product with W_hh on top of the cell's own path.
+  void carry_back(const Job& job, int64_t t, int64_t count, int parity) {
+    alignas(64) CT sum[kMaxTile * 4 * n];
+    const A* a[kMaxTile];
+    for (int64_t b = job.out.begin; b < job.out.end; b += 4) {
+      int units = job.out.take(b, 4);
+      int64_t tiles = ceil_div(count, max_rows(units));
+      for (int64_t k = 0; k < tiles; k++) {
+        Range r = share(count, tiles, k);
+        for (int64_t i = r.begin; i < r.end; i++) a[i - r.begin] = dg_at(job.g, parity, job.rows.begin + i);
+        back_product(int(r.size()), units, a, pack_ ? hh_ + (job.g * out_blocks_ + b) * n * hh_steps_ : nullptr, hh_steps_,
+                     (const ST*)job.w.w_hh, f_.P, G * f_.H, b, sum);
+        for (int64_t i = r.begin; i < r.end; i++) {
+          bool fresh = rows_.resets(rows_.at(t, job.rows.begin + i), job.g);
+          for (int u = 0; u < units; u++) put_carry(job, job.rows.begin + i, (b + u) * n, load(sum + ((i - r.begin) * units + u) * n), fresh);
+        }
+      }
+    }
+  }
+
+  RK_INLINE void put_carry(const Job& job, int64_t i, int64_t j, V d, bool fresh) {
+    CT* to = dh_at(job.g, i) + j;
+    if (Cell::kReadsH) d += load(to);
+    if (__builtin_expect(fresh, 0)) {
+      if (f_.dreset_state[0]) {
+        CT* sum = fresh_h_ + (job.g * f_.B + i) * h_stride_ + j;
+        store(sum, load(sum) + d);
+      }
+      d = V{};
+    }
+    store(to, d);
+  }
+
+  void finish(const Job& job) {
+    Range h = job.out.columns(n, f_.P), c = job.own.columns(n, f_.H);
+    for (int64_t i = job.rows.begin; i < job.rows.end; i++) {
+      int64_t to = job.g * f_.B + rows_.batch_row(i), from = job.g * f_.B + i;
+      narrow_columns(dh_ + from * h_stride_, (ST*)f_.dstate[0] + to * f_.P, h);
+      if constexpr (K > 1) narrow_columns(dc_ + from * c_stride_, (CT*)f_.dstate[1] + to * f_.H, c);
+      if (!f_.dreset_state[0]) continue;
+      narrow_columns(fresh_h_ + from * h_stride_, (ST*)f_.dreset_state[0] + to * f_.P, h);
+      if constexpr (K > 1) narrow_columns(fresh_c_ + from * c_stride_, (CT*)f_.dreset_state[1] + to * f_.H, c);
+    }
+  }
+
+  template <class T>
+  static void narrow_columns(const CT* from, T* to, Range c) {
+    for (int64_t j = c.begin; j < c.end; j += n) store(to + j, load(from + j), c.take(j, n));
+  }
+
+  const Backward& f_;
+  Rows rows_;
+  Split split_;
+  Scratch mem_;
+  bool projected_, pack_;
+  int64_t blocks_, out_blocks_, c_stride_, h_stride_, d_stride_, g_stride_, hh_steps_, hr_steps_;
+  CT *dh_, *dc_, *fresh_h_, *fresh_c_;
+  A *dg_, *dp_;
+  W *hh_, *hr_;
+  Barrier* barriers_;
+};

@@ -1,0 +1,356 @@
+// The forward scan: one driver for every cell, storage type and instruction set; no include guard.
+
+template <class Cell, class M>
+class ForwardScan {
+  typedef typename M::CT CT;
+  typedef typename M::ST ST;
+  typedef typename M::A A;
+  typedef typename M::W W;
+  typedef vec<CT> V;
+  static constexpr int n = Simd<CT>::n, G = Cell::kGates;
+  static constexpr int kUnits = G == 1 ? 4 : 1;  // hidden blocks in a panel, so that it is three or four vectors wide
+
+ public:
+  static void run(const Forward& f) {
+    if (f.B == 0 || f.S == 0) return copy_states(f);
+    run_scan<ForwardScan>(f);
+  }
+
+  ForwardScan(const Forward& f, int max_threads) : f_(f), rows_(f) {
+    projected_ = f.weights[0].w_hr != nullptr;
+    blocks_ = ceil_div(f.H, n);
+    out_blocks_ = ceil_div(f.P, n);
+    split_ = Split::choose(max_threads, f.N, f.B, blocks_, G * f.H * f.P * int64_t(sizeof(W)), f.lengths != nullptr);
+    pack_hh_ = f.B > 1 && f.S >= 4 * f.B;
+    pack_ih_ = !f.gx && f.S >= 24;
+    h_stride_ = ceil_div(f.P, M::kStep) * M::kStep;
+    m_stride_ = ceil_div(f.H, M::kStep) * M::kStep;
+    x_stride_ = ceil_div(f.I, M::kStep) * M::kStep;
+    c_stride_ = blocks_ * n;
+    hh_steps_ = ceil_div(f.P, M::kPair);
+    ih_steps_ = ceil_div(f.I, M::kPair);
+    hr_steps_ = ceil_div(f.H, M::kPair);
+    x_in_place_ = sizeof(ST) == sizeof(A) && pack_ih_ && f.I % M::kPair == 0;
+    plan_chunks();
+    int threads = split_.threads();
+    mem_.add(&h_, f.N * 2 * f.B * h_stride_);
+    mem_.add(&c_, Cell::kStates > 1 ? f.N * f.B * c_stride_ : 0);
+    mem_.add(&m_, projected_ ? f.N * f.B * m_stride_ : 0);
+    mem_.add(&bias_hh_, f.N * blocks_ * G * n);
+    mem_.add(&bias_ih_, f.N * blocks_ * G * n);
+    mem_.add(&hh_, pack_hh_ ? f.N * blocks_ * G * n * hh_steps_ : 0);
+    mem_.add(&ih_, pack_ih_ ? f.N * blocks_ * G * n * ih_steps_ : 0);
+    mem_.add(&hr_, pack_hh_ && projected_ ? f.N * out_blocks_ * n * hr_steps_ : 0);
+    gx_size_ = f.gx ? 0 : chunk_rows_ * ceil_div(blocks_, split_.cols) * G * n;
+    x_size_ = f.gx || x_in_place_ ? 0 : chunk_rows_ * x_stride_;
+    mem_.add(&gx_, threads * gx_size_);
+    mem_.add(&x_, threads * x_size_);
+    mem_.add(&x_rows_, f.gx ? 0 : threads * chunk_rows_);
+    mem_.add(&barriers_, split_.teams() + 1);
+    mem_.allocate();
+    for (int i = 0; i <= split_.teams(); i++) (new (barriers_ + i) Barrier)->reset(i ? split_.cols : threads);
+  }
+
+  int threads() const { return split_.threads(); }
+
+  void work(int rank) {
+    prepare(rank);
+    barriers_[0].wait();
+    int team = rank / split_.cols;
+    Range rows = share(f_.B, split_.rows, team % split_.rows);
+    for (int64_t g = team / split_.rows; g < f_.N; g += split_.groups) scan(g, rows, rank);
+  }
+
+ private:
+  // The input projection goes ahead of the scan by as many steps as keep its rows in cache.
+  void plan_chunks() {
+    int64_t row_bytes = ceil_div(blocks_, split_.cols) * G * n * int64_t(sizeof(CT));
+    int64_t rows = kChunkBytes / row_bytes < kChunkRows ? kChunkBytes / row_bytes : kChunkRows;
+    int64_t batch = ceil_div(f_.B, split_.rows);
+    chunk_steps_ = rows / batch < 1 ? 1 : rows / batch < f_.T ? rows / batch : f_.T;
+    chunk_rows_ = chunk_steps_ * batch;
+  }
+  static constexpr int64_t kChunkBytes = 384 * 1024, kChunkRows = 192;
+
+  static void copy_states(const Forward& f) {
+    for (int k = 0; k < Cell::kStates; k++)
+      if (size_t bytes = f.N * f.B * (k ? f.H * sizeof(CT) : f.P * sizeof(ST)))
+        __builtin_memcpy(f.final_state[k], f.state[k], bytes);
+  }
+
+  // ---- packing and initial states, by all threads ----------------------------------------------------------------
+
+  void prepare(int rank) {
+    int threads = split_.threads();
+    int64_t unit = 0;
+    for (int64_t g = 0; g < f_.N; g++) {
+      for (int col = 0; col < split_.cols; col++) {
+        Range own = share(blocks_, split_.cols, col), out = share(out_blocks_, split_.cols, col);
+        for (int64_t b = own.begin; b < own.end; b += kUnits)
+          if (unit++ % threads == rank) pack_gates(g, b, own.take(b, kUnits));
+        if (pack_hh_ && projected_)
+          for (int64_t b = out.begin; b < out.end; b += 4)
+            if (unit++ % threads == rank) pack_projection(g, b, out.take(b, 4));
+      }
+      Range mine = share(f_.B, threads, rank);
+      for (int64_t i = mine.begin; i < mine.end; i++) enter_row(g, i);
+    }
+  }
+
+  void pack_gates(int64_t g, int64_t block, int units) {
+    const Weights& w = f_.weights[g];
+    int64_t row[kUnits * G], at = (g * blocks_ + block) * G * n;
+    int valid[kUnits * G];
+    for (int u = 0; u < units; u++)
+      for (int k = 0; k < G; k++) {
+        int v = u * G + k;
+        int64_t j = (block + u) * n;
+        row[v] = k * f_.H + j;
+        valid[v] = int(f_.H - j < n ? f_.H - j : n);
+        store(bias_hh_ + at + v * n, w.b_hh ? load((const ST*)w.b_hh + row[v], valid[v]) : V{});
+        store(bias_ih_ + at + v * n, w.b_ih ? load((const ST*)w.b_ih + row[v], valid[v]) : V{});
+      }
+    if (pack_hh_) pack_nt<M>((const ST*)w.w_hh, f_.P, row, valid, units * G, hh_ + at * hh_steps_);
+    if (pack_ih_) pack_nt<M>((const ST*)w.w_ih, f_.I, row, valid, units * G, ih_ + at * ih_steps_);
+  }
+
+  void pack_projection(int64_t g, int64_t block, int units) {
+    int64_t row[4];
+    int valid[4];
+    for (int u = 0; u < units; u++) {
+      row[u] = (block + u) * n;
+      valid[u] = int(f_.P - row[u] < n ? f_.P - row[u] : n);
+    }
+    pack_nt<M>((const ST*)f_.weights[g].w_hr, f_.H, row, valid, units, hr_ + (g * out_blocks_ + block) * n * hr_steps_);
+  }
+
+  A* h_at(int64_t g, int parity, int64_t i) { return h_ + ((g * 2 + parity) * f_.B + i) * h_stride_; }
+  CT* c_at(int64_t g, int64_t i) { return c_ + (g * f_.B + i) * c_stride_; }
+  A* m_at(int64_t g, int64_t i) { return m_ + (g * f_.B + i) * m_stride_; }
+
+  // Both h buffers and c hold the state that enters the row's first step; padding is zero.
+  void enter_row(int64_t g, int64_t i) {
+    int64_t b = rows_.batch_row(i), first = rows_.first(i, f_.weights[g].reverse);
+    bool fresh = rows_.length(i) > 0 && rows_.resets(rows_.at(first, i), g);
+    const ST* h = fresh ? reset_value<ST>(f_, 0, g, b) : (const ST*)f_.state[0] + (g * f_.B + b) * f_.P;
+    for (int parity = 0; parity < 2; parity++) {
+      A* to = h_at(g, parity, i);
+      for (int64_t j = 0; j < h_stride_; j++) to[j] = h && j < f_.P ? as_left<M>(h[j]) : A{};
+    }
+    if constexpr (Cell::kStates > 1) {
+      const CT* c = fresh ? reset_value<CT>(f_, 1, g, b) : (const CT*)f_.state[1] + (g * f_.B + b) * f_.H;
+      CT* to = c_at(g, i);
+      for (int64_t j = 0; j < c_stride_; j++) to[j] = c && j < f_.H ? c[j] : CT(0);
+    }
+    if (projected_)
+      for (int64_t j = 0; j < m_stride_; j++) m_at(g, i)[j] = A{};
+  }
+
+  // ---- one group, one share of rows, this thread's columns -------------------------------------------------------
+
+  struct Job {
+    const Weights& w;
+    int64_t g;
+    Range rows, own, out;  // batch rows; blocks of hidden units and of outputs
+    CT* gx;                // [panel][row of the chunk][units][G][n]
+    A* x;
+    const A** x_rows;
+  };
+
+  void scan(int64_t g, Range rows, int rank) {
+    int col = rank % split_.cols;
+    Barrier& barrier = barriers_[1 + rank / split_.cols];
+    Job job{f_.weights[g], g, rows, share(blocks_, split_.cols, col), share(out_blocks_, split_.cols, col),
+            gx_ + rank * gx_size_, x_ + rank * x_size_, x_rows_ + rank * chunk_rows_};
+    int64_t ahead = 0, base = 0;
+    int parity = 0;
+    for (int64_t step = 0; step < f_.T; step++) {
+      int64_t t = job.w.reverse ? f_.T - 1 - step : step, count = rows_.alive(t, rows);
+      if (!f_.gx && ahead == 0) {
+        ahead = f_.T - step < chunk_steps_ ? f_.T - step : chunk_steps_;
+        project_input(job, t, ahead);
+        base = 0;
+      }
+      ahead--;
+      if (count == 0) continue;
+      advance(job, t, count, base, parity);
+      barrier.wait();
+      if (projected_) {
+        project_output(job, t, count, parity);
+        barrier.wait();
+      }
+      parity ^= 1;
+      base += count;
+    }
+    finish(job);
+  }
+
+  // gx of this thread's columns for the next steps.
+  void project_input(const Job& job, int64_t t, int64_t steps) {
+    const ST* x = (const ST*)f_.x + job.g / (f_.N / f_.models) * f_.x_m;
+    int64_t total = 0;
+    for (int64_t s = 0; s < steps; s++) {
+      int64_t u = job.w.reverse ? t - s : t + s, count = rows_.alive(u, job.rows);
+      for (int64_t i = job.rows.begin; i < job.rows.begin + count; i++, total++) {
+        const ST* from = x + rows_.at(u, i) * f_.x_s;
+        if (x_in_place_) {
+          job.x_rows[total] = (const A*)from;
+        } else {
+          copy_left<M>(from, f_.I, x_stride_, job.x + total * x_stride_);
+          job.x_rows[total] = job.x + total * x_stride_;
+        }
+      }
+    }
+    for (int64_t b = job.own.begin; b < job.own.end; b += kUnits) {
+      int units = job.own.take(b, kUnits), most = max_rows(units * G);
+      int64_t at = (job.g * blocks_ + b) * G * n, tiles = ceil_div(total, most);
+      CT* to = job.gx + (b - job.own.begin) * G * n * chunk_rows_;
+      for (int64_t k = 0; k < tiles; k++) {
+        Range r = share(total, tiles, k);
+        product(int(r.size()), units, job.x_rows + r.begin, pack_ih_ ? ih_ + at * ih_steps_ : nullptr, ih_steps_,
+                (const ST*)job.w.w_ih, f_.I, b, bias_ih_ + at, to + r.begin * units * G * n);
+      }
+    }
+  }
+
+  // [rows][units][G][n] = bias + left rows times the gates' weights of these units.
+  void product(int rows, int units, const A* const* a, const W* panel, int64_t steps, const ST* weight, int64_t K, int64_t block,
+               const CT* bias, CT* to) {
+    if (panel) return packed_tile<M>(rows, units * G, a, panel, steps, bias, to);
+    for (int u = 0; u < units; u++)
+      for (int k = 0; k < G; k++) {
+        int64_t j = (block + u) * n;
+        const ST* first = weight + (k * f_.H + j) * K;
+        for (int i = 0; i < rows; i++) {
+          V sum = direct_nt<M>(a[i], first, K, int(f_.H - j < n ? f_.H - j : n));
+          store(to + ((i * units + u) * G + k) * n, sum + load(bias + (u * G + k) * n));
+        }
+      }
+  }
+
+  // One step for this thread's columns.
+  void advance(const Job& job, int64_t t, int64_t count, int64_t base, int parity) {
+    alignas(64) CT gh[kMaxTile * kUnits * G * n];
+    const A* a[kMaxTile];
+    for (int64_t b = job.own.begin; b < job.own.end; b += kUnits) {
+      int units = job.own.take(b, kUnits);
+      int64_t at = (job.g * blocks_ + b) * G * n, tiles = ceil_div(count, max_rows(units * G));
+      const CT* gx = f_.gx ? nullptr : job.gx + (b - job.own.begin) * G * n * chunk_rows_ + base * units * G * n;
+      for (int64_t k = 0; k < tiles; k++) {
+        Range r = share(count, tiles, k);
+        for (int64_t i = r.begin; i < r.end; i++) a[i - r.begin] = h_at(job.g, parity, job.rows.begin + i);
+        product(int(r.size()), units, a, pack_hh_ ? hh_ + at * hh_steps_ : nullptr, hh_steps_, (const ST*)job.w.w_hh, f_.P, b,
+                bias_hh_ + at, gh);
+        for (int64_t i = r.begin; i < r.end; i++)
+          step_row(job, t, job.rows.begin + i, b, units, parity, gx ? gx + i * units * G * n : nullptr,
+                   gh + (i - r.begin) * units * G * n);
+      }
+    }
+  }
+
+  void step_row(const Job& job, int64_t t, int64_t i, int64_t block, int units, int parity, const CT* gx, const CT* gh) {
+    int64_t row = rows_.at(t, i), at = row * f_.N + job.g, b = rows_.batch_row(i);
+    bool restart = resets_next(job, t, i);
+    const ST* gx_row = (const ST*)f_.gx + row * f_.gx_s + job.g * f_.gx_n;
+    for (int u = 0; u < units; u++) {
+      int64_t j = (block + u) * n;
+      int valid = int(f_.H - j < n ? f_.H - j : n);
+      V x[G], h[G], state[Cell::kStates], plane[Cell::kPlanes];
+      for (int k = 0; k < G; k++) {
+        x[k] = gx ? load(gx + (u * G + k) * n) : load(gx_row + k * f_.H + j, valid);
+        h[k] = load(gh + (u * G + k) * n);
+      }
+      if (Cell::kReadsH) state[0] = load(h_at(job.g, parity, i) + j);
+      if constexpr (Cell::kStates > 1) state[1] = load(c_at(job.g, i) + j);
+      Cell::step(x, h, state, plane);
+      if (f_.planes)
+        for (int q = 0; q < Cell::kPlanes; q++) store((ST*)f_.planes + (at * Cell::kPlanes + q) * f_.H + j, plane[q], valid);
+      if constexpr (Cell::kStates > 1) {
+        if (f_.seq) store((CT*)f_.seq + at * f_.H + j, state[1], valid);
+        if (restart) {
+          const CT* c = reset_value<CT>(f_, 1, job.g, b);
+          state[1] = c ? load(c + j, valid) : V{};
+        }
+        store(c_at(job.g, i) + j, state[1]);
+      }
+      if (projected_) {
+        if (f_.hidden) store((ST*)f_.hidden + at * f_.H + j, state[0], valid);
+        store(m_at(job.g, i) + j, rounded(state[0], (ST*)nullptr), valid);
+      } else {
+        put_h(job, i, parity, at, j, valid, state[0], restart);
+      }
+    }
+  }
+
+  bool resets_next(const Job& job, int64_t t, int64_t i) const {
+    if (!f_.reset) return false;
+    int64_t next = rows_.next(t, i, job.w.reverse);
+    return next >= 0 && rows_.resets(rows_.at(next, i), job.g);
+  }
+
+  RK_INLINE void put_h(const Job& job, int64_t i, int parity, int64_t at, int64_t j, int valid, V h, bool restart) {
+    store((ST*)f_.y + at * f_.P + j, h, valid);
+    if (__builtin_expect(restart, 0)) {
+      const ST* fresh = reset_value<ST>(f_, 0, job.g, rows_.batch_row(i));
+      h = fresh ? load(fresh + j, valid) : V{};
+    }
+    store(h_at(job.g, parity ^ 1, i) + j, rounded(h, (ST*)nullptr), valid);
+  }
+
+  // h' = m W_hr^T for this thread's outputs.
+  void project_output(const Job& job, int64_t t, int64_t count, int parity) {
+    alignas(64) CT h[kMaxTile * 4 * n];
+    const A* a[kMaxTile];
+    for (int64_t b = job.out.begin; b < job.out.end; b += 4) {
+      int units = job.out.take(b, 4);
+      int64_t tiles = ceil_div(count, max_rows(units));
+      for (int64_t k = 0; k < tiles; k++) {
+        Range r = share(count, tiles, k);
+        for (int64_t i = r.begin; i < r.end; i++) a[i - r.begin] = m_at(job.g, job.rows.begin + i);
+        if (pack_hh_) {
+          packed_tile<M>(int(r.size()), units, a, hr_ + (job.g * out_blocks_ + b) * n * hr_steps_, hr_steps_, nullptr, h);
+        } else {
+          for (int64_t i = 0; i < r.size(); i++)
+            for (int u = 0; u < units; u++) {
+              int64_t j = (b + u) * n;
+              store(h + (i * units + u) * n, direct_nt<M>(a[i], (const ST*)job.w.w_hr + j * f_.H, f_.H, int(f_.P - j < n ? f_.P - j : n)));
+            }
+        }
+        for (int64_t i = r.begin; i < r.end; i++)
+          for (int u = 0; u < units; u++) {
+            int64_t j = (b + u) * n, row = job.rows.begin + i;
+            put_h(job, row, parity, rows_.at(t, row) * f_.N + job.g, j, int(f_.P - j < n ? f_.P - j : n),
+                  load(h + ((i - r.begin) * units + u) * n), resets_next(job, t, row));
+          }
+      }
+    }
+  }
+
+  // Final states of this thread's columns: h as y has it; c as it stands.
+  void finish(const Job& job) {
+    Range h_cols = (projected_ ? job.out : job.own).columns(n, f_.P), c_cols = job.own.columns(n, f_.H);
+    for (int64_t i = job.rows.begin; i < job.rows.end; i++) {
+      int64_t to = job.g * f_.B + rows_.batch_row(i);
+      const ST* h = (const ST*)f_.state[0] + to * f_.P;
+      if (rows_.length(i)) h = (const ST*)f_.y + (rows_.at(rows_.last(i, job.w.reverse), i) * f_.N + job.g) * f_.P;
+      copy_columns(h, (ST*)f_.final_state[0] + to * f_.P, h_cols);
+      if constexpr (Cell::kStates > 1) {
+        const CT* c = rows_.length(i) ? c_at(job.g, i) : (const CT*)f_.state[1] + to * f_.H;
+        copy_columns(c, (CT*)f_.final_state[1] + to * f_.H, c_cols);
+      }
+    }
+  }
+
+  const Forward& f_;
+  Rows rows_;
+  Split split_;
+  Scratch mem_;
+  bool projected_, pack_hh_, pack_ih_, x_in_place_;
+  int64_t blocks_, out_blocks_, h_stride_, m_stride_, x_stride_, c_stride_, hh_steps_, ih_steps_, hr_steps_;
+  int64_t chunk_steps_, chunk_rows_, gx_size_, x_size_;
+  A *h_, *m_, *x_;
+  const A** x_rows_;
+  CT *c_, *bias_hh_, *bias_ih_, *gx_;
+  W *hh_, *ih_, *hr_;
+  Barrier* barriers_;
+};

@@ -1,0 +1,122 @@
+// How a scan is laid out in memory and over threads, forward and backward alike; no include guard: included once per ISA
+// namespace.
+//
+// A thread works on a group, a share of the batch rows and a share of the columns. Threads that share a group and rows are
+// a team: they meet at a barrier once a step. Batch rows are taken in order of descending length, so that the rows alive
+// at a step are always the first ones.
+
+struct Range {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
+  int take(int64_t from, int most) const { return int(end - from < most ? end - from : most); }
+  // Blocks of n columns as columns, of `limit` in all.
+  Range columns(int n, int64_t limit) const { return {begin * n, end * n < limit ? end * n : limit}; }
+};
+
+template <class T>
+static inline void copy_columns(const T* from, T* to, Range c) {
+  if (c.size() > 0) __builtin_memcpy(to + c.begin, from + c.begin, c.size() * sizeof(T));
+}
+
+static inline Range share(int64_t total, int64_t parts, int64_t part) { return {total * part / parts, total * (part + 1) / parts}; }
+
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Split {
+  int groups = 1;  // worked on at once
+  int rows = 1;    // shares of the batch
+  int cols = 1;    // threads in a team
+
+  int threads() const { return groups * rows * cols; }
+  int teams() const { return groups * rows; }
+
+  // Both directions at once where the threads allow it, no barrier then being needed; then columns, so that every thread
+  // keeps its share of the weights in its own cache; rows where there are fewer columns than threads, or where all the
+  // weights fit a private cache and there are full tiles of rows for everyone.
+  static Split choose(int threads, int64_t N, int64_t B, int64_t column_blocks, int64_t weight_bytes, bool ragged) {
+    Split s;
+    for (int g = threads; g >= 1; g--)
+      if (threads % g == 0 && N % g == 0) {
+        s.groups = g;
+        break;
+      }
+    s.cols = threads / s.groups;
+    while (!ragged && s.cols % 2 == 0 && B / (2 * s.rows) >= 4 &&
+           (s.cols > column_blocks || (weight_bytes <= kPrivateCache && B / (2 * s.rows) >= 12))) {
+      s.cols /= 2;
+      s.rows *= 2;
+    }
+    if (s.cols > column_blocks) s.cols = int(column_blocks);
+    return s;
+  }
+
+  static constexpr int64_t kPrivateCache = 400 * 1024;
+};
+
+// Where rows lie and how long they live.
+class Rows {
+ public:
+  explicit Rows(const Scan& s) : s_(s), alive_(nullptr), order_(nullptr), memory_(nullptr) {
+    if (!s.lengths) return;
+    memory_ = new int64_t[s.B + s.T + 1];
+    order_ = memory_;
+    alive_ = memory_ + s.B;
+    for (int64_t t = 0; t <= s.T; t++) alive_[t] = 0;
+    for (int64_t b = 0; b < s.B; b++) alive_[s.lengths[b]]++;       // rows of each length
+    for (int64_t t = s.T - 1; t >= 0; t--) alive_[t] += alive_[t + 1];  // of at least each length
+    // Counting sort, longest first, stable: rows longer than L come before those of length L.
+    for (int64_t b = s.B - 1; b >= 0; b--) order_[--alive_[s.lengths[b]]] = b;
+    // Each entry now counts the rows strictly longer than its index: those alive at that step.
+  }
+  ~Rows() { delete[] memory_; }
+  Rows(const Rows&) = delete;
+  Rows& operator=(const Rows&) = delete;
+
+  int64_t batch_row(int64_t i) const { return order_ ? order_[i] : i; }
+  int64_t length(int64_t i) const { return order_ ? s_.lengths[order_[i]] : s_.T; }
+  // How many of a share of the rows are alive at step t: the first ones.
+  int64_t alive(int64_t t, Range rows) const {
+    int64_t count = (alive_ ? alive_[t] : s_.B) - rows.begin;
+    return count < 0 ? 0 : count < rows.size() ? count : rows.size();
+  }
+  int64_t at(int64_t t, int64_t i) const { return (s_.offsets ? s_.offsets[t] : t * s_.B) + batch_row(i); }
+
+  // The step after t in a group's own direction, or -1 where the row ends there.
+  int64_t next(int64_t t, int64_t i, bool reverse) const {
+    int64_t u = reverse ? t - 1 : t + 1;
+    return u < length(i) ? u : -1;
+  }
+  int64_t first(int64_t i, bool reverse) const { return reverse ? length(i) - 1 : 0; }
+  int64_t last(int64_t i, bool reverse) const { return reverse ? 0 : length(i) - 1; }
+
+  bool resets(int64_t row, int64_t n) const { return s_.reset && s_.reset[row * s_.reset_s + n * s_.reset_n]; }
+
+ private:
+  const Scan& s_;
+  int64_t* alive_;
+  int64_t* order_;
+  int64_t* memory_;
+};
+
+// Pointer to the state that replaces state k of batch row b of group n; null: zero.
+template <class T>
+static RK_INLINE const T* reset_value(const Scan& s, int k, int64_t n, int64_t b) {
+  if (!s.reset_state[k]) return nullptr;
+  return (const T*)s.reset_state[k] + n * s.reset_state_n[k] + b * s.reset_state_b[k];
+}
+
+template <class Scan>
+static void run_rank(void* scan, int rank) {
+  ((Scan*)scan)->work(rank);
+}
+
+// Plans and runs a scan; where the runtime gives fewer threads than were asked for, once more on one.
+template <class Scan, class Call>
+static void run_scan(const Call& call) {
+  {
+    Scan scan(call, call.threads);
+    if (run_parallel(scan.threads(), run_rank<Scan>, &scan)) return;
+  }
+  Scan scan(call, 1);
+  run_parallel(1, run_rank<Scan>, &scan);
+}

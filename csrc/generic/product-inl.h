@@ -1,0 +1,236 @@
+// Products of a few rows with a weight matrix; no include guard: included once per ISA namespace.
+//
+// A `Mode` says how numbers are multiplied: Plain in the accumulation type (narrower storage is widened), Pairs with
+// native bf16 dot products, two neighbours along the sum in one 32-bit lane.
+//
+// "nt": out[m, n] = sum_k a[m, k] w[n, k], w row-major [n, k] (gate pre-activations, projections).
+// "nn": out[m, n] = sum_k a[m, k] w[k, n], w row-major [k, n] (gradients).
+// Packed weights are panels [k][kNV][lanes]; direct ones are read where they lie, for calls too short to pay a packing.
+
+template <class CT_, class ST_>
+struct Plain {
+  typedef CT_ CT;
+  typedef ST_ ST;
+  typedef CT A;                       // elements of the left side
+  typedef CT W;                       // elements of packed weights
+  static constexpr int kPair = 1;     // neighbours along the sum in a lane
+  static constexpr int kStep = Simd<CT>::n;  // left elements in one vector
+  typedef vec<CT> Wide;
+
+  static RK_INLINE Wide load_packed(const W* p) { return load(p); }
+  static RK_INLINE Wide broadcast(const A* a) { return splat(*a); }
+  static RK_INLINE vec<CT> mul_add(vec<CT> acc, Wide a, Wide w) { return acc + a * w; }
+  static RK_INLINE Wide load_left(const A* p) { return load(p); }
+  static RK_INLINE Wide load_row(const ST* p) { return load(p); }
+  static RK_INLINE Wide load_row(const ST* p, int n) { return load(p, n); }
+  static RK_INLINE void store_packed(W* p, vec<CT> x) { store(p, x); }
+  static RK_INLINE vec<CT> as_lanes(Wide x) { return x; }
+  static RK_INLINE vec<CT> pack_two_rows(const ST* lo, const ST*, int n) { return load(lo, n); }
+};
+
+#ifdef RK_BF16
+struct Pairs {
+  typedef float CT;
+  typedef bf16 ST;
+  typedef bf16 A;
+  typedef uint32_t W;
+  static constexpr int kPair = 2;
+  static constexpr int kStep = 2 * Simd<float>::n;
+  typedef u32v Wide;
+
+  static RK_INLINE Wide load_packed(const W* p) { return *(const u32v_unaligned*)p; }
+  static RK_INLINE Wide broadcast(const A* a) {
+    uint32_t pair;
+    __builtin_memcpy(&pair, a, 4);
+    return pair - Wide{};
+  }
+  static RK_INLINE vec<float> mul_add(vec<float> acc, Wide a, Wide w) {
+    return (vec<float>)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)w);
+  }
+  static RK_INLINE Wide load_left(const A* p) { return *(const u32v_unaligned*)p; }
+  static RK_INLINE Wide load_row(const ST* p) { return *(const u32v_unaligned*)p; }
+  static RK_INLINE Wide load_row(const ST* p, int n) {
+    if (__builtin_expect(n >= kStep, 1)) return load_row(p);
+    bf16 buffer[kStep] = {};
+    for (int i = 0; i < n; i++) buffer[i] = p[i];
+    return load_row(buffer);
+  }
+  static RK_INLINE void store_packed(W* p, vec<float> x) { *(u32v_unaligned*)p = (u32v)x; }
+  static RK_INLINE vec<float> as_lanes(Wide x) { return (vec<float>)x; }
+  // Rows k and k + 1 of an nn matrix as pairs; hi null: past the end.
+  static RK_INLINE vec<float> pack_two_rows(const ST* lo, const ST* hi, int n) {
+    u32v a = (u32v)load(lo, n) >> 16;
+    return (vec<float>)(hi ? a | (u32v)load(hi, n) : a);
+  }
+};
+#endif
+
+// A row of storage as a left side.
+template <class M>
+RK_INLINE typename M::A as_left(typename M::ST x) {
+  if constexpr (M::kPair == 2)
+    return x;
+  else
+    return widen(x);
+}
+
+template <class M>
+static void copy_left(const typename M::ST* from, int64_t size, int64_t padded, typename M::A* to) {
+  int64_t j = 0;
+  if constexpr (M::kPair == 1)
+    for (; j + M::kStep <= size; j += M::kStep) store(to + j, load(from + j));
+  for (; j < size; j++) to[j] = as_left<M>(from[j]);
+  for (; j < padded; j++) to[j] = typename M::A{};
+}
+
+// ---- packing -----------------------------------------------------------------------------------------------------
+
+// Rows `row[v] ...` of an nt matrix [*, K] into a panel of NV vectors; rows from `valid[v]` on are zero.
+template <class M>
+static void pack_nt(const typename M::ST* w, int64_t K, const int64_t* row, const int* valid, int NV, typename M::W* panel) {
+  typedef typename M::CT CT;
+  constexpr int n = Simd<CT>::n;
+  int64_t steps = (K + M::kPair - 1) / M::kPair;
+  for (int v = 0; v < NV; v++) {
+    const typename M::ST* first = w + row[v] * K;
+    for (int64_t k = 0; k < steps; k += n) {
+      int left = int(K - k * M::kPair < M::kStep ? K - k * M::kPair : M::kStep);
+      vec<CT> block[n];
+      for (int i = 0; i < n; i++)
+        block[i] = i < valid[v] ? M::as_lanes(M::load_row(first + i * K + k * M::kPair, left)) : vec<CT>{};
+      transpose<CT>(block);
+      int64_t count = steps - k < n ? steps - k : n;
+      for (int i = 0; i < count; i++) M::store_packed(panel + ((k + i) * NV + v) * n, block[i]);
+    }
+  }
+}
+
+// Columns [column, column + width) of an nn matrix [K, ld] into a panel of NV vectors.
+template <class M>
+static void pack_nn(const typename M::ST* w, int64_t ld, int64_t K, int64_t column, int64_t width, int NV, typename M::W* panel) {
+  constexpr int n = Simd<typename M::CT>::n;
+  int64_t steps = (K + M::kPair - 1) / M::kPair;
+  for (int64_t k = 0; k < steps; k++) {
+    const typename M::ST* lo = w + k * M::kPair * ld + column;
+    const typename M::ST* hi = k * M::kPair + 1 < K ? lo + ld : nullptr;
+    for (int v = 0; v < NV; v++) {
+      int valid = int(width - v * n < n ? width - v * n : n);
+      M::store_packed(panel + (k * NV + v) * n, M::pack_two_rows(lo + v * n, hi ? hi + v * n : nullptr, valid));
+    }
+  }
+}
+
+// ---- packed products ---------------------------------------------------------------------------------------------
+
+// out[m][v][lane] = start[v][lane] + sum_k a[m][k] panel[k][v][lane]
+template <class M, int MR, int NV>
+static __attribute__((noinline)) void packed_tile(const typename M::A* const* a, const typename M::W* panel, int64_t steps,
+                                                  const typename M::CT* start, typename M::CT* out) {
+  typedef typename M::CT CT;
+  constexpr int n = Simd<CT>::n;
+  vec<CT> acc[MR][NV];
+  const typename M::A* row[MR];
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; m++) {
+    row[m] = a[m];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; v++) acc[m][v] = start ? load(start + v * n) : vec<CT>{};
+  }
+  for (int64_t k = 0; k < steps; k++) {
+    typename M::Wide w[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; v++) w[v] = M::load_packed(panel + v * n);
+    panel += NV * n;
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; m++) {
+      typename M::Wide x = M::broadcast(row[m] + k * M::kPair);
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; v++) acc[m][v] = M::mul_add(acc[m][v], x, w[v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; m++)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; v++) store(out + (m * NV + v) * n, acc[m][v]);
+}
+
+// Rows in one tile of NV vectors: as many accumulators as there are registers for, and never more than kMaxTile.
+constexpr int kMaxTile = 8;
+static constexpr int max_rows(int NV) { return RK_REGISTERS == 32 ? (NV == 4 ? 6 : 8) : (NV == 4 ? 3 : NV == 3 ? 4 : 6); }
+
+template <class M, int NV>
+static void packed_tile(int rows, const typename M::A* const* a, const typename M::W* panel, int64_t steps,
+                        const typename M::CT* start, typename M::CT* out) {
+  switch (rows) {
+#define RK_CASE(MR)                                                                         \
+  case MR:                                                                                  \
+    if constexpr (MR <= max_rows(NV)) packed_tile<M, MR, NV>(a, panel, steps, start, out); \
+    return;
+    RK_CASE(1) RK_CASE(2) RK_CASE(3) RK_CASE(4) RK_CASE(5) RK_CASE(6) RK_CASE(7) RK_CASE(8)
+#undef RK_CASE
+  }
+}
+
+// At most max_rows(NV) rows times one panel.
+template <class M>
+static void packed_tile(int rows, int NV, const typename M::A* const* a, const typename M::W* panel, int64_t steps,
+                        const typename M::CT* start, typename M::CT* out) {
+  switch (NV) {
+    case 1: return packed_tile<M, 1>(rows, a, panel, steps, start, out);
+    case 2: return packed_tile<M, 2>(rows, a, panel, steps, start, out);
+    case 3: return packed_tile<M, 3>(rows, a, panel, steps, start, out);
+    case 4: return packed_tile<M, 4>(rows, a, panel, steps, start, out);
+  }
+}
+
+// ---- direct products ---------------------------------------------------------------------------------------------
+
+// One vector of dot products: rows w, w + K, ... (valid of them) of an nt matrix with one left row, zero-padded to kStep.
+template <class M>
+static RK_INLINE vec<typename M::CT> direct_nt(const typename M::A* a, const typename M::ST* w, int64_t K, int valid) {
+  typedef typename M::CT CT;
+  constexpr int n = Simd<CT>::n;
+  vec<CT> acc[n];
+  const typename M::ST* row[n];
+#pragma GCC unroll 16
+  for (int i = 0; i < n; i++) {
+    acc[i] = vec<CT>{};
+    row[i] = w + (i < valid ? i : valid - 1) * K;
+  }
+  int64_t k = 0;
+  for (; k + M::kStep <= K; k += M::kStep) {
+    typename M::Wide x = M::load_left(a + k);
+#pragma GCC unroll 16
+    for (int i = 0; i < n; i++) acc[i] = M::mul_add(acc[i], x, M::load_row(row[i] + k));
+  }
+  if (k < K) {
+    typename M::Wide x = M::load_left(a + k);
+    for (int i = 0; i < n; i++) acc[i] = M::mul_add(acc[i], x, M::load_row(row[i] + k, int(K - k)));
+  }
+  return sum_lanes<CT>(acc);
+}
+
+// out[v][lane] = sum_k a[k] w[k * ld + v * n + lane] for `width` columns.
+template <class A, class ST, class CT, int NV>
+static RK_INLINE void direct_nn(const A* a, const ST* w, int64_t ld, int64_t K, int64_t width, CT* out) {
+  constexpr int n = Simd<CT>::n;
+  vec<CT> even[NV] = {}, odd[NV] = {};  // two chains hide the latency of the additions
+  int64_t k = 0;
+  if (width >= NV * n) {
+    for (; k + 2 <= K; k += 2) {
+      vec<CT> x = splat(widen(a[k])), z = splat(widen(a[k + 1]));
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; v++) {
+        even[v] += x * load(w + k * ld + v * n);
+        odd[v] += z * load(w + (k + 1) * ld + v * n);
+      }
+    }
+  }
+  for (; k < K; k++) {
+    vec<CT> x = splat(widen(a[k]));
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; v++) even[v] += x * load(w + k * ld + v * n, int(width - v * n));
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < NV; v++) store(out + v * n, even[v] + odd[v]);
+}

@@ -1,0 +1,41 @@
+// The kernels for AVX-512 with native bf16 dot products.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cstdint>
+#include <new>
+
+#include "../api.h"
+#include "../threads.h"
+
+#define RK_VBYTES 64
+#define RK_REGISTERS 32
+#define RK_F16C
+#define RK_BF16
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+#endif
+
+namespace rnnkern {
+namespace avx512_bf16 {
+#include "../generic/kernels-inl.h"
+}  // namespace avx512_bf16
+}  // namespace rnnkern
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace rnnkern {
+static bool supported() {
+  return kAvx512.supported() && __builtin_cpu_supports("avx512bf16");
+}
+extern const Kernels kAvx512Bf16 = {"avx512_bf16", supported, avx512_bf16::forward, avx512_bf16::backward};
+}  // namespace rnnkern
+#endif

@@ -1,0 +1,135 @@
+// The Python module: turns numbers and tuples into the structs of api.h. The only file that sees Python.
+#include <pybind11/pybind11.h>
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "api.h"
+
+namespace py = pybind11;
+
+namespace rnnkern {
+namespace {
+
+const void* pointer(py::handle number) { return PyLong_AsVoidPtr(number.ptr()); }
+
+int64_t integer(py::handle number) { return PyLong_AsLongLong(number.ptr()); }
+
+const Kernels& kernels(const std::string& isa) { return choose_kernels(isa.c_str()); }
+
+// Every row that a step will touch must lie in [0, S): a wrong length is an exception, never a wild access.
+void check_rows(const Scan& s) {
+  if (!s.lengths) {
+    if (s.offsets) throw std::invalid_argument("offsets without lengths");
+    if (s.S != s.T * s.B) throw std::invalid_argument("expected T*B rows, got " + std::to_string(s.S));
+    return;
+  }
+  std::vector<int64_t> last(s.T + 1, 0);  // one past the highest batch row alive at each step
+  for (int64_t b = 0; b < s.B; b++) {
+    int64_t length = s.lengths[b];
+    if (length < 0 || length > s.T)
+      throw std::invalid_argument("lengths must lie in [0, " + std::to_string(s.T) + "], got " + std::to_string(length));
+    if (length > 0) last[length - 1] = b + 1;
+  }
+  for (int64_t t = s.T - 1; t >= 0; t--) {
+    if (last[t + 1] > last[t]) last[t] = last[t + 1];
+    int64_t offset = s.offsets ? s.offsets[t] : t * s.B;
+    if (last[t] && (offset < 0 || offset + last[t] > s.S))
+      throw std::invalid_argument("step " + std::to_string(t) + " reaches beyond the " + std::to_string(s.S) + " rows given");
+  }
+}
+
+// What both directions are given: sizes (T, B, S, N, I, H, P, models, threads), layout (offsets, lengths, reset, its two
+// strides), reset_states (pointer and two strides each), weights (w_hh, b_hh, w_hr, w_ih, b_ih, reverse for each group).
+struct Common {
+  std::vector<Weights> weights;
+
+  void fill(Scan& s, int cell, int dtype, const py::tuple& sizes, const py::tuple& layout, const py::tuple& reset_states,
+            const py::tuple& groups, const py::tuple& states) {
+    s.cell = Cell(cell);
+    s.dtype = DType(dtype);
+    int64_t* size[] = {&s.T, &s.B, &s.S, &s.N, &s.I, &s.H, &s.P, &s.models};
+    for (int i = 0; i < 8; i++) *size[i] = integer(sizes[i]);
+    s.threads = int(integer(sizes[8]));
+    s.offsets = static_cast<const int64_t*>(pointer(layout[0]));
+    s.lengths = static_cast<const int64_t*>(pointer(layout[1]));
+    s.reset = static_cast<const uint8_t*>(pointer(layout[2]));
+    s.reset_s = integer(layout[3]);
+    s.reset_n = integer(layout[4]);
+    for (size_t k = 0; 3 * k < reset_states.size(); k++) {
+      s.reset_state[k] = pointer(reset_states[3 * k]);
+      s.reset_state_n[k] = integer(reset_states[3 * k + 1]);
+      s.reset_state_b[k] = integer(reset_states[3 * k + 2]);
+    }
+    weights.resize(s.N);
+    for (int64_t g = 0; g < s.N; g++) {
+      Weights& w = weights[g];
+      const void** part[] = {&w.w_hh, &w.b_hh, &w.w_hr, &w.w_ih, &w.b_ih};
+      for (int i = 0; i < 5; i++) *part[i] = pointer(groups[6 * g + i]);
+      w.reverse = integer(groups[6 * g + 5]) != 0;
+    }
+    s.weights = weights.data();
+    for (size_t k = 0; k < states.size(); k++) s.state[k] = pointer(states[k]);
+    if (PyErr_Occurred()) throw py::error_already_set();
+    check_rows(s);
+  }
+};
+
+void forward(const std::string& isa, int cell, int dtype, const py::tuple& sizes, const py::tuple& layout, const py::tuple& reset_states,
+             const py::tuple& groups, const py::tuple& states, const py::tuple& input, const py::tuple& outputs) {
+  Forward f;
+  Common common;
+  common.fill(f, cell, dtype, sizes, layout, reset_states, groups, states);
+  f.gx = pointer(input[0]);
+  f.gx_s = integer(input[1]);
+  f.gx_n = integer(input[2]);
+  f.x = pointer(input[3]);
+  f.x_s = integer(input[4]);
+  f.x_m = integer(input[5]);
+  void** out[] = {&f.y, &f.seq, &f.planes, &f.hidden, &f.final_state[0], &f.final_state[1]};
+  for (size_t i = 0; i < outputs.size(); i++) *out[i] = const_cast<void*>(pointer(outputs[i]));
+  if (PyErr_Occurred()) throw py::error_already_set();
+  const Kernels& k = kernels(isa);
+  py::gil_scoped_release nogil;
+  k.forward(f);
+}
+
+void backward(const std::string& isa, int cell, int dtype, const py::tuple& sizes, const py::tuple& layout, const py::tuple& reset_states,
+              const py::tuple& groups, const py::tuple& states, const py::tuple& saved, const py::tuple& grads, const py::tuple& outputs) {
+  Backward f;
+  Common common;
+  common.fill(f, cell, dtype, sizes, layout, reset_states, groups, states);
+  f.y = pointer(saved[0]);
+  f.seq = pointer(saved[1]);
+  f.planes = pointer(saved[2]);
+  f.dy = pointer(grads[0]);
+  f.dy_s = integer(grads[1]);
+  f.dy_n = integer(grads[2]);
+  f.dseq = pointer(grads[3]);
+  for (size_t k = 4; k < grads.size(); k++) f.dfinal[k - 4] = pointer(grads[k]);
+  void** out[] = {&f.dgx, &f.dgh, &f.dh, &f.dstate[0], &f.dstate[1], &f.dreset_state[0], &f.dreset_state[1]};
+  for (size_t i = 0; i < outputs.size(); i++) *out[i] = const_cast<void*>(pointer(outputs[i]));
+  if (PyErr_Occurred()) throw py::error_already_set();
+  const Kernels& k = kernels(isa);
+  py::gil_scoped_release nogil;
+  k.backward(f);
+}
+
+}  // namespace
+}  // namespace rnnkern
+
+PYBIND11_MODULE(_cpu, m) {
+  using namespace rnnkern;
+  m.doc() = "rnnkern's C++ scans. Takes addresses and sizes; rnnkern.backends.cpp checks them.";
+  m.def("forward", &forward);
+  m.def("backward", &backward);
+  m.def("chosen", [](const std::string& requested) { return std::string(kernels(requested).name); },
+        "Name of the instruction set that a request ('' for the best) takes; raises with the reason where it cannot.");
+  m.def("isas", [] {
+    py::list names;
+    for (const char* const* name = known_isas(); *name; name++) names.append(*name);
+    return names;
+  });
+}

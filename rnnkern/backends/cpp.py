@@ -1,0 +1,217 @@
+"""C++ scans on the CPU: rnnkern._cpu, which knows nothing of torch and is given addresses, sizes and strides."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from .. import _cpu
+from ..cells import CELLS
+from .base import ScanGrads, ScanInputs, ScanOutputs, ScanSpec, accumulation_dtype
+
+_CELLS = {"rnn_tanh": 0, "rnn_relu": 1, "lstm": 2, "gru": 3}
+_DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+_PARAMS = ("w_hh", "b_hh", "w_hr")
+_UNDONE = ("zoneout", "cell_clip", "proj_clip", "grad_clip")
+
+
+class Cpp:
+    """One scan driver for every cell; ``isa`` names an instruction set, empty for the best that the machine has."""
+
+    name = "cpp"
+
+    def __init__(self, isa: str | None = None) -> None:
+        self.isa = _cpu.chosen(os.environ.get("RNNKERN_CPU_ISA", "") if isa is None else isa)
+
+    def unsupported(self, inputs: ScanInputs) -> list[str]:
+        spec, reasons = inputs.spec, []
+        if inputs.gx.device.type != "cpu":
+            reasons.append(f"device {inputs.gx.device.type}: only cpu")
+        if inputs.gx.dtype not in _DTYPES:
+            reasons.append(f"dtype {inputs.gx.dtype}: only {', '.join(str(d) for d in _DTYPES)}")
+        if spec.cell not in _CELLS:
+            reasons.append(f"cell {spec.cell}: only {', '.join(_CELLS)}")
+        reasons += [f"parameter {p}" for p in spec.params if p not in _PARAMS]
+        reasons += [f"mask {m}" for m in spec.noise]
+        reasons += [word for word in _UNDONE if getattr(spec, word) not in (0.0, (0.0, 0.0))]
+        return reasons
+
+    def forward(self, inputs: ScanInputs) -> ScanOutputs:
+        gx = _rows(inputs.gx)
+        source = (gx.data_ptr(), gx.stride(0), gx.stride(1), 0, 0, 0)
+        return self._forward(inputs, source, 0, 1, (None,) * gx.shape[1], (None,) * gx.shape[1])
+
+    def layer_forward(
+        self, inputs: ScanInputs, x: Tensor, w_ih: tuple[Tensor, ...], b_ih: tuple[Tensor | None, ...]
+    ) -> ScanOutputs:
+        """Input projection and scan in one: gx is made a few steps ahead of the scan and never lies in memory."""
+        x = _rows(x)
+        source = (0, 0, 0, x.data_ptr(), x.stride(0), x.stride(1))
+        return self._forward(inputs, source, x.shape[2], x.shape[1], w_ih, b_ih)
+
+    def _forward(
+        self,
+        inputs: ScanInputs,
+        source: tuple[int, ...],
+        width: int,
+        models: int,
+        w_ih: tuple[Tensor | None, ...],
+        b_ih: tuple[Tensor | None, ...],
+    ) -> ScanOutputs:
+        spec = inputs.spec
+        cell = CELLS[spec.cell]
+        S, N, columns = inputs.gx.shape
+        H, P = columns // len(cell.gates), inputs.states[0].shape[2]
+        dtype = inputs.gx.dtype
+        # Rows past a length belong to nobody's step: they are zero from the start.
+        new = torch.zeros if inputs.lengths is not None and inputs.offsets is None else torch.empty
+        saved = spec.save != "none"
+        y = new((S, N, P), dtype=dtype)
+        seq = tuple(new((S, N, H) if saved else (0,), dtype=accumulation_dtype(dtype)) for _ in cell.states[1:])
+        planes = torch.empty((S, N, len(cell.planes), H) if spec.save == "all" else (0,), dtype=dtype)
+        hidden = new((S, N, H) if saved and "w_hr" in spec.params else (0,), dtype=dtype)
+        states = tuple(s.contiguous() for s in inputs.states)
+        final = tuple(torch.empty_like(s) for s in states)
+        keep, groups = _groups(spec, inputs.params, w_ih, b_ih)
+        keep_layout, layout, resets = _layout(inputs)
+        _cpu.forward(
+            self.isa,
+            _CELLS[spec.cell],
+            _DTYPES[dtype],
+            (inputs.T, inputs.B, S, N, width, H, P, models, torch.get_num_threads()),
+            layout,
+            resets,
+            groups,
+            tuple(s.data_ptr() for s in states),
+            source,
+            (
+                y.data_ptr(),
+                seq[0].data_ptr() if seq and saved else 0,
+                planes.data_ptr() if spec.save == "all" else 0,
+                hidden.data_ptr() if hidden.numel() else 0,
+                *(f.data_ptr() for f in final),
+            ),
+        )
+        del keep, keep_layout  # addresses of these were in use until here
+        return ScanOutputs(y, final, seq, planes, hidden)
+
+    def backward(
+        self,
+        inputs: ScanInputs,
+        outputs: ScanOutputs,
+        dy: Tensor,
+        dfinal: tuple[Tensor, ...],
+        dseq: tuple[Tensor, ...],
+    ) -> ScanGrads:
+        spec = inputs.spec
+        cell = CELLS[spec.cell]
+        y = outputs.y.contiguous()
+        S, N, P = y.shape
+        planes = outputs.planes.contiguous()
+        H, G = planes.shape[3], len(cell.gates)
+        dtype = y.dtype
+        padded = inputs.lengths is not None and inputs.offsets is None
+        new = torch.zeros if padded else torch.empty
+        projected = "w_hr" in spec.params
+        dgx = new((S, N, G * H), dtype=dtype)
+        dgh = new((S, N, G * H) if cell.split else (0,), dtype=dtype)
+        dh = new((S, N, P) if projected else (0,), dtype=dtype)
+        states = tuple(s.contiguous() for s in inputs.states)
+        seq = tuple(s.contiguous() for s in outputs.seq)
+        dy = _rows(dy)
+        dfinal = tuple(d.contiguous() for d in dfinal)
+        dseq = tuple(d.contiguous() for d in dseq)
+        dstates = tuple(torch.empty_like(s) for s in states)
+        dresets = tuple(torch.empty_like(s) for s in states) if inputs.reset_states else ()
+        keep, groups = _groups(spec, inputs.params, (None,) * N, (None,) * N)
+        keep_layout, layout, resets = _layout(inputs)
+        _cpu.backward(
+            self.isa,
+            _CELLS[spec.cell],
+            _DTYPES[dtype],
+            (inputs.T, inputs.B, S, N, 0, H, P, 1, torch.get_num_threads()),
+            layout,
+            resets,
+            groups,
+            tuple(s.data_ptr() for s in states),
+            (y.data_ptr(), seq[0].data_ptr() if seq else 0, planes.data_ptr()),
+            (
+                dy.data_ptr(),
+                dy.stride(0),
+                dy.stride(1),
+                dseq[0].data_ptr() if dseq and dseq[0].numel() else 0,
+                *(d.data_ptr() for d in dfinal),
+            ),
+            (
+                dgx.data_ptr(),
+                dgh.data_ptr() if cell.split else 0,
+                dh.data_ptr() if projected else 0,
+                *(_padded([d.data_ptr() for d in dstates])),
+                *(_padded([d.data_ptr() for d in dresets])),
+            ),
+        )
+        del keep, keep_layout
+        return ScanGrads(dgx, dgh, dgx.new_empty(0), dh, dstates, dresets)
+
+
+def _padded(pointers: list[int]) -> list[int]:
+    return pointers + [0] * (2 - len(pointers))
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Rows of neighbouring elements, any strides between rows and groups."""
+    return x if x.stride(2) == 1 else x.contiguous()
+
+
+def _groups(
+    spec: ScanSpec,
+    params: tuple[tuple[Tensor, ...], ...],
+    w_ih: tuple[Tensor | None, ...],
+    b_ih: tuple[Tensor | None, ...],
+) -> tuple[list[Tensor], tuple[int, ...]]:
+    """Addresses of each group's weights, and the tensors that must live as long as the addresses are used."""
+    keep: list[Tensor] = []
+    flat: list[int] = []
+
+    def address(p: Tensor | None) -> int:
+        if p is None:
+            return 0
+        if not p.is_contiguous():
+            p = p.contiguous()
+            keep.append(p)
+        return p.data_ptr()
+
+    where = [spec.params.index(name) if name in spec.params else None for name in _PARAMS]
+    for group, w, b, reverse in zip(params, w_ih, b_ih, spec.reverse, strict=True):
+        flat += [0 if k is None else address(group[k]) for k in where]
+        flat += (address(w), address(b), int(reverse))
+    return keep, tuple(flat)
+
+
+def _layout(inputs: ScanInputs) -> tuple[list[Tensor], tuple[int, ...], tuple[int, ...]]:
+    keep: list[Tensor] = []
+
+    def address(t: Tensor | None) -> int:
+        if t is None:
+            return 0
+        t = t.contiguous()
+        keep.append(t)
+        return t.data_ptr()
+
+    reset = inputs.reset
+    layout = (
+        address(inputs.offsets),
+        address(inputs.lengths),
+        *((0, 0, 0) if reset is None else (reset.data_ptr(), reset.stride(0), reset.stride(1))),
+    )
+    resets: list[int] = []
+    for s in inputs.reset_states:
+        s = _rows(s)
+        keep.append(s)
+        resets += (s.data_ptr(), s.stride(0), s.stride(1))
+    return keep, layout, tuple(resets)
+
+
+BACKEND = Cpp()
