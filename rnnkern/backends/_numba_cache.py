@@ -43,7 +43,7 @@ def _text(value: Any) -> str:
 
 
 def fingerprint(module: str) -> str:
-    """Digest of the functions and constants of ``module`` and of every module of this package that it takes some from."""
+    """Digest of the functions and constants of ``module``, and of the modules here that it takes some from."""
     digest, todo = hashlib.sha256(), [module]
     for name in todo:
         for key, value in sorted(vars(sys.modules[name]).items()):

@@ -14,13 +14,13 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from rnnkern.backends._numba_cache import cached
 from rnnkern.cells.gru.numba_step import step as gru_step
 from rnnkern.cells.gru.numba_step import step_backward as gru_step_backward
 from rnnkern.cells.lstm.numba_step import step as lstm_step
 from rnnkern.cells.lstm.numba_step import step_backward as lstm_step_backward
 from rnnkern.cells.numba_math import FAST
-from rnnkern.cells.rnn.numba_step import relu_step_backward, tanh_step_backward, relu_step, tanh_step
-from rnnkern.backends._numba_cache import cached
+from rnnkern.cells.rnn.numba_step import relu_step, relu_step_backward, tanh_step, tanh_step_backward
 
 CELL_IDS = {"rnn_tanh": 0, "rnn_relu": 1, "lstm": 2, "gru": 3}
 ROUND_BF16, ROUND_FP16 = 1, 2
@@ -142,13 +142,39 @@ def _store(source, target, rounding):  # type: ignore[no-untyped-def]
             target[j] = short if v == v else v
 
 
+# Loops, not slice assignments: those bring Numba's text formatting for their error messages into every compilation,
+# which takes longer than all else together.
+@njit(**FAST)
+def _copy(source, target):  # type: ignore[no-untyped-def]
+    for j in range(target.shape[0]):
+        target[j] = source[j]
+
+
+@njit(**FAST)
+def _copy_all(source, target):  # type: ignore[no-untyped-def]
+    for k in range(target.shape[0]):
+        _copy(source[k], target[k])
+
+
+@njit(**FAST)
+def _add(source, target):  # type: ignore[no-untyped-def]
+    for j in range(target.shape[0]):
+        target[j] += source[j]
+
+
+@njit(**FAST)
+def _clear(target):  # type: ignore[no-untyped-def]
+    for j in range(target.shape[0]):
+        target[j] = 0
+
+
 @njit(nogil=True, **FAST)
 def enter(t, n, alive, offsets, order, reset, reset_h, reset_rest, h, rest):  # type: ignore[no-untyped-def]
     """Step 1 of the contract: states that enter rows with a reset are replaced."""
     for i in range(alive[t]):
         if reset[offsets[t] + order[i], n]:
-            h[i] = reset_h[i]
-            rest[i] = reset_rest[i]
+            _copy(reset_h[i], h[i])
+            _copy_all(reset_rest[i], rest[i])
 
 
 @njit(nogil=True, **FAST)
@@ -168,19 +194,20 @@ def forward(  # type: ignore[no-untyped-def]
             if reset.shape[0] > 0:
                 enter(t, n, alive, offsets, order, reset, reset_h, reset_rest, h, rest)
             for i in range(count):
-                gh[i] = bias
+                _copy(bias, gh[i])
             _add_product(h, w_t, gh, count)
         for i in range(count):
             r = offsets[t] + order[i]
             saved = planes[r, n] if save_planes else scratch
             _step(cell, gx[r, n], gh[i], h[i], rest[i], m[i], saved)
             if save_states:
-                seq[r, n] = rest[i]
+                _copy_all(rest[i], seq[r, n])
         if project:
             for i in range(count):
+                _store(m[i], m[i], rounding)
                 if save_states:
-                    hidden[offsets[t] + order[i], n] = m[i]
-                h[i] = 0
+                    _copy(m[i], hidden[offsets[t] + order[i], n])
+                _clear(h[i])
             _add_product(m, w_hr_t, h, count)
             for i in range(count):
                 _store(h[i], h[i], rounding)
@@ -188,7 +215,7 @@ def forward(  # type: ignore[no-untyped-def]
             for i in range(count):
                 _store(m[i], h[i], rounding)
         for i in range(count):
-            y[offsets[t] + order[i], n] = h[i]
+            _copy(h[i], y[offsets[t] + order[i], n])
 
 
 @njit(nogil=True, **FAST)
@@ -196,10 +223,11 @@ def leave(t, n, alive, offsets, order, reset, dh, drest, dreset_h, dreset_rest):
     """Step 1 backwards: the gradient at a replaced state goes to its replacement."""
     for i in range(alive[t]):
         if reset[offsets[t] + order[i], n]:
-            dreset_h[i] += dh[i]
-            dreset_rest[i] += drest[i]
-            dh[i] = 0
-            drest[i] = 0
+            _add(dh[i], dreset_h[i])
+            _clear(dh[i])
+            for k in range(drest.shape[1]):
+                _add(drest[i, k], dreset_rest[i, k])
+                _clear(drest[i, k])
 
 
 @njit(nogil=True, **FAST)
@@ -220,14 +248,15 @@ def backward(  # type: ignore[no-untyped-def]
         count = alive[t]
         for i in range(count):
             r = offsets[t] + order[i]
-            dh[i] += dy[r, n]
+            _add(dy[r, n], dh[i])
             if dseq.shape[0] > 0:
-                drest[i] += dseq[r, n]
+                for state in range(dseq.shape[2]):
+                    _add(dseq[r, n, state], drest[i, state])
             if project:
-                dprojected[r, n] = dh[i]
-                dm[i] = 0
+                _copy(dh[i], dprojected[r, n])
+                _clear(dm[i])
             else:
-                dm[i] = dh[i]
+                _copy(dh[i], dm[i])
         if project:
             _add_product(dh, w_hr, dm, count)
         for i in range(count):
@@ -239,13 +268,13 @@ def backward(  # type: ignore[no-untyped-def]
             elif 0 <= before < lengths[i]:
                 p = offsets[before] + order[i]
                 h, rest = y[p, n], seq[p, n]
-            dh[i] = 0
+            _clear(dh[i])
             if split:
                 _step_backward(cell, dm[i], drest[i], planes[r, n], h, rest, dgx[r, n], d[i], dh[i])
-                dgh[r, n] = d[i]
+                _copy(d[i], dgh[r, n])
             else:
                 _step_backward(cell, dm[i], drest[i], planes[r, n], h, rest, d[i], d[i], dh[i])
-                dgx[r, n] = d[i]
+                _copy(d[i], dgx[r, n])
         if fused:
             _add_product(d, w, dh, count)
             if reset.shape[0] > 0:

@@ -19,7 +19,7 @@ from rnnkern.cells import CELLS
 
 _ROUNDING = {torch.bfloat16: driver.ROUND_BF16, torch.float16: driver.ROUND_FP16}
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_LARGE = 1 << 21  # multiply-adds in a step from which torch.mm and its call overhead beat the loop
+_LARGE = 3 << 20  # multiply-adds in a step from which torch.mm and its call overhead beat the loop
 
 
 class _Rows(NamedTuple):
@@ -125,8 +125,9 @@ class NumbaBackend:
         small = [p for p in spec.params if p in CELLS[spec.cell].small]
         if small:
             reasons.append(f"parameters {', '.join(small)}")
-        if "w_hr" in spec.params and spec.cell == "gru":
-            reasons.append("a projection in gru, whose step needs h and H of one width")
+        P, H = inputs.states[0].shape[-1], gx.shape[-1] // len(CELLS[spec.cell].gates)
+        if P != H and spec.cell == "gru":
+            reasons.append(f"gru, whose step mixes h into what is as wide as H, with P={P} and H={H}")
         return reasons
 
     def forward(self, inputs: ScanInputs) -> ScanOutputs:
@@ -202,7 +203,7 @@ class NumbaBackend:
         if spec.save != "all":
             raise ValueError(f"backward needs the planes of a forward with save='all', got save={spec.save!r}")
         S, N = outputs.y.shape[:2]
-        rows, H, P, others = work.rows, work.width, work.out, len(inputs.states) - 1
+        rows, H, P = work.rows, work.width, work.out
         storage, B = outputs.y.dtype, inputs.B
         project, split = "w_hr" in spec.params, bool(CELLS[spec.cell].split)
 
@@ -210,10 +211,8 @@ class NumbaBackend:
             make = torch.empty if rows.complete or not kept else torch.zeros
             return make((S if kept else 0, N, width), dtype=work.dtype)
 
-        read = [
-            work.bring(t).numpy() for t in (outputs.y, _stack(outputs.seq, S, N, H, work), outputs.planes, dy)
-        ]  # fmt: skip
-        read.append(work.bring(_stack_gradients(dseq, S, N, H, work)).numpy())
+        seq, dseqs = _stack(outputs.seq, S, N, H, work), _stack_gradients(dseq, S, N, H, work)
+        read = [work.bring(t).numpy() for t in (outputs.y, seq, outputs.planes, dy, dseqs)]
         dgx = rows_of(work.gates * H)
         dgh = rows_of(work.gates * H, kept=split)
         dh_rows = rows_of(P, kept=project)

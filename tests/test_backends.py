@@ -1,0 +1,421 @@
+"""Every scan backend against the reference, at the level of the contract: all outputs, all gradients, all layouts.
+
+Truth is the reference in fp64 on the same values, the yardstick the reference in the dtype under test (tolerance.py).
+A new backend or cell is covered by being registered; what a backend refuses is skipped with its own reasons.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from tolerance import check, check_grad
+from torch import Tensor
+
+from rnnkern import dispatch
+from rnnkern.backends.base import Backend, ScanGrads, ScanInputs, ScanOutputs, ScanSpec, accumulation_dtype
+from rnnkern.cells import CELLS
+
+BACKENDS = [name for name in dispatch.ORDER if name != "reference"]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+REFERENCE = dispatch.backend("reference")
+
+# What a backend must do; the other axes may be refused, by name.
+AXES: dict[str, list] = {
+    "T": [1, 2, 9],
+    "B": [1, 7, 33],
+    "H": [1, 3, 17, 200],
+    "layout": ["dense", "packed", "padded"],
+    "reverse": [(False,), (True,), (False, True), (False, True, True, False)],
+    "bias": [True, False],
+    "project": [False, False, True],
+    "save": ["all", "all", "all", "all", "states", "none"],
+    "strided": [False, True],
+    "dseq": [True, False],
+    "reset": ["", "", "zero", "learned"],
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    cell: str = "lstm"
+    dtype: torch.dtype = torch.float32
+    T: int = 5
+    B: int = 7
+    H: int = 17
+    layout: str = "dense"
+    reverse: tuple[bool, ...] = (False, True)
+    bias: bool = True
+    project: bool = False
+    save: str = "all"
+    strided: bool = False
+    dseq: bool = True
+    reset: str = ""
+    seed: int = 0
+
+    def __str__(self) -> str:
+        walk = "".join("<" if r else ">" for r in self.reverse)
+        words = [name for name in ("bias", "project", "strided", "dseq") if getattr(self, name)]
+        kind = str(self.dtype).removeprefix("torch.")
+        parts = [self.cell, kind, f"T{self.T}", f"B{self.B}", f"H{self.H}", self.layout, walk, self.save, *words]
+        return "-".join([*parts, f"reset_{self.reset}" if self.reset else "keep"])
+
+
+def drawn(count: int) -> list[Case]:
+    """For each cell and dtype `count` cases in which every value of every axis occurs, in ever different company."""
+    cases = []
+    for cell in CELLS:
+        for dtype in DTYPES:
+            rng = random.Random(f"{cell} {dtype}")
+            columns = {}
+            for name, values in AXES.items():
+                column = [values[k % len(values)] for k in range(count)]
+                rng.shuffle(column)
+                columns[name] = column
+            for k in range(count):
+                cases.append(Case(cell, dtype, **{name: column[k] for name, column in columns.items()}, seed=k))
+    return cases
+
+
+def chosen() -> list[Case]:
+    """Sizes that drawing them would make too many of: no rows at all, and more columns than any tile."""
+    cases = []
+    for cell in CELLS:
+        for dtype in DTYPES:
+            cases.append(Case(cell, dtype, B=0, H=3, layout="padded", reset="learned"))
+            cases.append(Case(cell, dtype, B=0, H=3, T=1, save="none"))
+            cases.append(Case(cell, dtype, T=2, B=7, H=650, layout="padded", reverse=(True,)))
+            cases.append(Case(cell, dtype, T=1, B=1, H=650, reverse=(False,), save="none"))
+            # Enough work in a step for any driver's way with large products and threads.
+            cases.append(Case(cell, dtype, T=3, B=65, H=256, layout="packed", reset="zero", reverse=(False,)))
+    return cases
+
+
+def lengths_of(case: Case, rng: random.Random) -> list[int] | None:
+    if case.layout == "dense":
+        return None
+    if case.layout == "packed":
+        return sorted((rng.randint(1, case.T) for _ in range(case.B)), reverse=True)
+    return [rng.randint(0, case.T) for _ in range(case.B)]
+
+
+def spread(tensor: Tensor, strided: bool) -> Tensor:
+    """The same values in the last columns of a wider tensor with its first two dimensions swapped."""
+    if not strided:
+        return tensor
+    wide = tensor.new_full((tensor.shape[1], tensor.shape[0], tensor.shape[2] + 5), float("nan"))
+    wide[..., 5:] = tensor.transpose(0, 1)
+    return wide.transpose(0, 1)[..., 5:]
+
+
+def inputs_of(case: Case) -> ScanInputs:
+    cell, rng, generator = CELLS[case.cell], random.Random(case.seed), torch.Generator().manual_seed(case.seed)
+    T, B, H, N, G = case.T, case.B, case.H, len(case.reverse), len(cell.gates)
+    # A cell that mixes h into its new state has no h of another width.
+    P = max(1, H // 2) if case.project and len(cell.states) > 1 else H
+    accumulate = accumulation_dtype(case.dtype)
+
+    def normal(*shape: int, dtype: torch.dtype = case.dtype) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    def states(rows: int) -> tuple[Tensor, ...]:
+        rest = (normal(N, rows, H, dtype=accumulate) for _ in cell.states[1:])
+        return normal(N, rows, P), *rest
+
+    lengths, offsets, S = lengths_of(case, rng), None, T * B
+    if case.layout == "packed":
+        alive = [sum(length > t for length in lengths or []) for t in range(T)]
+        offsets = torch.tensor([sum(alive[:t]) for t in range(T)], dtype=torch.int64)
+        S = sum(alive)
+    params = []
+    for _ in range(N):
+        group = [normal(G * H, P) / P**0.5]
+        if case.bias:
+            group.append(normal(G * H))
+        if case.project:
+            group.append(normal(P, H) / H**0.5)
+        params.append(tuple(group))
+    names = ("w_hh", *(("b_hh",) if case.bias else ()), *(("w_hr",) if case.project else ()))
+    reset = None
+    if case.reset:
+        reset = torch.rand((S, 1), generator=generator).lt(0.3).expand(S, N)
+    learned = tuple(s.expand(-1, B, -1) for s in states(1)) if case.reset == "learned" else ()
+    return ScanInputs(
+        spec=ScanSpec(case.cell, case.reverse, names, save=case.save),
+        T=T,
+        B=B,
+        gx=spread(normal(S, N, G * H), case.strided),
+        states=tuple(spread(s, case.strided) for s in states(B)),
+        params=tuple(params),
+        offsets=offsets,
+        lengths=None if lengths is None else torch.tensor(lengths, dtype=torch.int64),
+        reset=reset,
+        reset_states=learned,
+    )
+
+
+def gradients_of(case: Case, inputs: ScanInputs) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """dy (of stride 0 if strided), dfinal and dseq."""
+    generator = torch.Generator().manual_seed(case.seed + 1)
+
+    def like(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    S, N = inputs.gx.shape[:2]
+    P = inputs.states[0].shape[-1]
+    dy = like(torch.Size((1, 1, P) if case.strided else (S, N, P)), case.dtype).expand(S, N, P)
+    dfinal = tuple(spread(like(s.shape, s.dtype), case.strided) for s in inputs.states)
+    rest = inputs.states[1:]
+    dseq = tuple(
+        like(torch.Size((S, N, s.shape[-1])), s.dtype) if case.dseq else torch.zeros(0, dtype=s.dtype) for s in rest
+    )
+    return dy, dfinal, dseq
+
+
+def wide(value: Any) -> Any:
+    """The same values in fp64."""
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, tuple) and not isinstance(value, str):
+        return tuple(wide(v) for v in value)
+    if isinstance(value, ScanInputs):
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.name != "spec"}
+        return ScanInputs(value.spec, **{k: wide(v) for k, v in fields.items()})
+    return value
+
+
+def tensors(result: ScanOutputs | ScanGrads | ScanInputs) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a result with its name."""
+
+    def walk(name: str, value: object) -> Iterator[tuple[str, Tensor]]:
+        if isinstance(value, Tensor):
+            yield name, value
+        elif isinstance(value, tuple):
+            for k, v in enumerate(value):
+                yield from walk(f"{name}[{k}]", v)
+
+    for field in dataclasses.fields(result):
+        yield from walk(field.name, getattr(result, field.name))
+
+
+def run(backend: Backend, inputs: ScanInputs, grads: tuple) -> list[ScanOutputs | ScanGrads]:
+    """Forward and, if it was saved for, backward, given no more than the contract allows backward to read."""
+    outputs = backend.forward(inputs)
+    if inputs.spec.save != "all":
+        return [outputs]
+    shape_only = inputs.gx.new_full((), float("nan")).expand(inputs.gx.shape)
+    kept = dataclasses.replace(outputs, final=())
+    return [outputs, backend.backward(dataclasses.replace(inputs, gx=shape_only), kept, *grads)]
+
+
+Results = list[ScanOutputs | ScanGrads]
+
+
+def agree(ours: Results, yardsticks: Results, truths: Results) -> None:
+    for mine, yardstick, truth in zip(ours, yardsticks, truths, strict=True):
+        rule = check if isinstance(mine, ScanOutputs) else check_grad
+        for (what, a), (_, b), (_, c) in zip(tensors(mine), tensors(yardstick), tensors(truth), strict=True):
+            assert a.shape == b.shape, f"{what}: shape {tuple(a.shape)}, not {tuple(b.shape)}"
+            assert a.dtype == b.dtype, f"{what}: {a.dtype}, not {b.dtype}"
+            rule(a, b, c, what)
+
+
+def compare(backend: Backend, inputs: ScanInputs, grads: tuple) -> None:
+    agree(run(backend, inputs, grads), run(REFERENCE, inputs, grads), run(REFERENCE, wide(inputs), wide(grads)))
+
+
+def demand(backend: Backend, inputs: ScanInputs, case: Case) -> None:
+    """Skips what the backend may refuse, with its reasons; all else it may not."""
+    reasons = backend.unsupported(inputs)
+    if reasons and (case.reset or (case.project and len(CELLS[case.cell].states) == 1)):
+        pytest.skip(f"{backend.name}: {'; '.join(reasons)}")
+    assert reasons == []
+
+
+@pytest.fixture(params=BACKENDS)
+def scan(request: pytest.FixtureRequest) -> Backend:
+    reason = dispatch.unavailable(request.param)
+    if reason is not None:
+        pytest.skip(f"{request.param}: {reason}")
+    return dispatch.backend(request.param)
+
+
+@pytest.mark.parametrize("case", [*drawn(18), *chosen()], ids=str)
+def test_equals_the_reference(scan: Backend, case: Case) -> None:
+    inputs = inputs_of(case)
+    demand(scan, inputs, case)
+    compare(scan, inputs, gradients_of(case, inputs))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_rows_past_a_length_are_zero_and_their_states_pass_through(scan: Backend, cell: str) -> None:
+    case = Case(cell, T=6, B=9, layout="padded")
+    inputs = dataclasses.replace(inputs_of(case), lengths=torch.tensor([3, 0, 6, 1, 0, 5, 6, 2, 4]))
+    dy, dfinal, dseq = gradients_of(case, inputs)
+    past = (torch.arange(6)[:, None] >= inputs.lengths).flatten()
+    for t in (inputs.gx, dy, *dseq):
+        t[past] = float("nan")  # a loss may leave anything there
+    outputs, grads = run(scan, inputs, (dy, dfinal, dseq))
+    for what, t in (("y", outputs.y), ("dgx", grads.dgx), ("dgh", grads.dgh)):
+        assert t.numel() == 0 or t[past].eq(0).all(), what
+        assert t.isfinite().all(), what
+    empty = inputs.lengths == 0
+    for final, start, dstart, dend in zip(outputs.final, inputs.states, grads.dstates, dfinal, strict=True):
+        assert torch.equal(final[:, empty], start[:, empty])
+        assert torch.equal(dstart[:, empty], dend[:, empty])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("where", ["gx", "h", "rest", "w_hh", "dy"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_nan_and_inf_go_where_the_reference_sends_them(
+    scan: Backend, cell: str, where: str, bad: float, dtype: torch.dtype
+) -> None:
+    if where == "rest" and len(CELLS[cell].states) == 1:
+        pytest.skip(f"{cell} has no state but h")
+    case = Case(cell, dtype, T=4, B=6, layout="padded", seed=3)
+    inputs = dataclasses.replace(inputs_of(case), lengths=torch.tensor([4, 0, 3, 4, 1, 2]))
+    dy, dfinal, dseq = gradients_of(case, inputs)
+    if where == "gx":
+        inputs.gx[6 + 2, 0, 1::3] = bad
+        inputs.gx[6 + 3, 1] = bad
+    elif where in ("h", "rest"):
+        inputs.states[where == "rest"][0, 3, 2] = bad
+    elif where == "w_hh":
+        inputs.params[0][0][1, 2] = bad
+    else:
+        dy[6 + 2, 0, 4] = bad
+    grads = (dy, dfinal, dseq)
+    ours, theirs = run(scan, inputs, grads), run(REFERENCE, inputs, grads)
+    agree(ours, theirs, run(REFERENCE, wide(inputs), wide(grads)))
+    seen = False
+    for mine, other in zip(ours, theirs, strict=True):
+        for (what, a), (_, b) in zip(tensors(mine), tensors(other), strict=True):
+            assert torch.equal(a.isnan(), b.isnan()), f"{what}: NaN in other places"
+            assert torch.equal(a.isposinf(), b.isposinf()) and torch.equal(a.isneginf(), b.isneginf()), what
+            seen = seen or not b.isfinite().all()
+    assert seen or bad == bad  # Inf may saturate a gate and be gone, NaN may not
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_two_runs_give_the_same_bits_and_leave_the_inputs_alone(scan: Backend, cell: str, dtype: torch.dtype) -> None:
+    for case in (
+        Case(cell, dtype, T=7, B=9, H=37, layout="padded"),
+        Case(cell, dtype, T=2, B=40, H=256, strided=True),
+    ):
+        inputs = inputs_of(case)
+        grads = gradients_of(case, inputs)
+        kept = [t.clone() for _, t in tensors(inputs)] + [t.clone() for t in (grads[0], *grads[1], *grads[2])]
+        first, second = run(scan, inputs, grads), run(scan, inputs, grads)
+        for one, two in zip(first, second, strict=True):
+            for (what, a), (_, b) in zip(tensors(one), tensors(two), strict=True):
+                assert torch.equal(a, b), what
+        after = [t for _, t in tensors(inputs)] + [grads[0], *grads[1], *grads[2]]
+        assert all(torch.equal(a, b) for a, b in zip(kept, after, strict=True))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_backward_reads_what_another_backend_saved(scan: Backend, cell: str) -> None:
+    """Planes, seq and hidden have one layout for all backends."""
+    case = Case(cell, T=4, layout="padded", project=cell == "lstm")
+    inputs = inputs_of(case)
+    grads = gradients_of(case, inputs)
+    yardstick, truth = run(REFERENCE, inputs, grads), run(REFERENCE, wide(inputs), wide(grads))
+    forward = scan.forward(inputs)
+    agree([scan.backward(inputs, yardstick[0], *grads)], yardstick[1:], truth[1:])  # type: ignore[arg-type]
+    agree([REFERENCE.backward(inputs, forward, *grads)], yardstick[1:], truth[1:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_what_is_fed_back_is_what_y_says(scan: Backend, cell: str, dtype: torch.dtype) -> None:
+    """A sequence cut in two, continued from the final states, equals the whole one: h is rounded at every step."""
+    case = Case(cell, dtype, T=6, B=5, reverse=(False,), H=24)
+    inputs = inputs_of(case)
+    whole = scan.forward(inputs)
+    head = scan.forward(dataclasses.replace(inputs, T=3, gx=inputs.gx[:15]))
+    tail = scan.forward(dataclasses.replace(inputs, T=3, gx=inputs.gx[15:], states=head.final))
+    assert torch.equal(torch.cat([head.y, tail.y]), whole.y)
+    assert all(torch.equal(a, b) for a, b in zip(tail.final, whole.final, strict=True))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_several_python_threads(scan: Backend, cell: str) -> None:
+    case = Case(cell, T=6, B=33, H=64)
+    inputs = inputs_of(case)
+    grads = gradients_of(case, inputs)
+    expected = run(scan, inputs, grads)
+    results: list = []
+    workers = [threading.Thread(target=lambda: results.append(run(scan, inputs, grads))) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert len(results) == len(workers)
+    for got in results:
+        for one, two in zip(got, expected, strict=True):
+            assert all(torch.equal(a, b) for (_, a), (_, b) in zip(tensors(one), tensors(two), strict=True))
+
+
+OPTIONS: dict[str, dict] = {
+    "zoneout": {"zoneout": (0.1, 0.0)},
+    "grad_clip": {"grad_clip": 0.1},
+    "cell_clip": {"cell_clip": 0.5},
+    "proj_clip": {"proj_clip": 0.1},
+    "layer norm": {"ln_hh": True},
+    "mask h": {"noise": "h"},
+    "mask h_step": {"noise": "h_step"},
+    "mask candidate": {"noise": "candidate"},
+    "mask zoneout_h": {"noise": "zoneout_h"},
+    "peephole": {"small": "peephole_"},
+    "layer norm of c": {"small": "ln_c"},
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_options_are_done_as_the_reference_does_them_or_refused(scan: Backend, cell: str, option: str) -> None:
+    case = Case(cell, torch.float64, project=option == "proj_clip" and cell == "lstm")
+    inputs, change = inputs_of(case), dict(OPTIONS[option])
+    S, N, width = inputs.gx.shape
+    B, P, H = inputs.B, inputs.states[0].shape[-1], width // len(CELLS[cell].gates)
+    generator = torch.Generator().manual_seed(5)
+    extra: dict[str, tuple[int, ...]] = {"ln_hh": (width,)} if change.pop("ln_hh", False) else {}
+    prefix = change.pop("small", None)
+    extra |= {name: (H,) for name in CELLS[cell].small if prefix and name.startswith(prefix)}
+    noise: tuple[Tensor, ...] = ()
+    if "noise" in change:
+        name = change["noise"]
+        shape = {"h": (N, B, P), "h_step": (S, N, P), "zoneout_h": (S, N, P)}.get(name, (S, N, H))
+        noise = (torch.rand(shape, generator=generator) < 0.7,)
+        change |= {"noise": (name,), "scales": (1.0 if name.startswith("zoneout") else 1 / 0.7,)}
+    spec = dataclasses.replace(inputs.spec, params=(*inputs.spec.params, *extra), **change)
+    values = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in extra.values()]
+    params = tuple((*group, *values) for group in inputs.params)
+    inputs = dataclasses.replace(inputs, spec=spec, params=params, noise=noise)
+    refused = REFERENCE.unsupported(inputs)
+    if refused or (prefix and not extra):
+        pytest.skip(f"not an option of {cell}")
+    reasons = scan.unsupported(inputs)
+    if reasons:
+        pytest.skip(f"{scan.name}: {'; '.join(reasons)}")
+    compare(scan, inputs, gradients_of(case, inputs))
+
+
+def test_other_devices_and_dtypes_are_refused_by_name(scan: Backend) -> None:
+    inputs = inputs_of(Case())
+    elsewhere = dataclasses.replace(inputs, gx=inputs.gx.to("meta"))
+    assert any("meta" in reason for reason in scan.unsupported(elsewhere))
+    for dtype in (torch.int64, torch.complex64, torch.float8_e4m3fn):
+        odd = dataclasses.replace(inputs, gx=inputs.gx.to(dtype), states=tuple(s.to(dtype) for s in inputs.states))
+        assert any(str(dtype) in reason for reason in scan.unsupported(odd))
+    unknown = dataclasses.replace(inputs, spec=dataclasses.replace(inputs.spec, cell="no_such_cell"))
+    assert any("no_such_cell" in reason for reason in scan.unsupported(unknown))
