@@ -1,0 +1,1 @@
+"""Where rnnkern stands against its peers and against the hardware's limit: ``python -m benchmarks.run``."""
