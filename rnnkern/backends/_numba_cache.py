@@ -1,8 +1,8 @@
 """A disk cache for compiled drivers that an edited step cannot fool.
 
 Numba files machine code under the driver's own source and bytecode only, so an edit to a step that the driver calls in
-another file would be served the old code. Here the key also holds a digest of every function that the driver's module
-can reach inside this package. It is taken from the code objects that were loaded, not from the files: it works without
+another file would be served the old code. Here the file's name holds a digest of every function in this package that
+the driver's module can reach. It is taken from the code objects that were loaded, not from the files: it works without
 sources, and a file edited after its import cannot be mistaken for what is running.
 """
 
@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from types import CodeType, FunctionType
 from typing import Any
 
-from numba.core.caching import FunctionCache
+from numba.core.caching import FunctionCache, IndexDataCacheFile
 
 _PACKAGE = __name__.split(".")[0] + "."
 
@@ -26,7 +27,7 @@ def _describe(code: CodeType) -> Iterator[str]:
         if isinstance(constant, CodeType):
             yield from _describe(constant)
         else:
-            yield repr(constant)
+            yield _text(constant)
 
 
 def _flat(value: Any) -> bool:
@@ -69,12 +70,27 @@ def _options(dispatcher: Any) -> str:
 
 
 class _Cache(FunctionCache):
+    """Numba's cache with one set of files per digest, so that no process can be given another version's code."""
+
     def __init__(self, function: Callable[..., Any], digest: str) -> None:
         super().__init__(function)
-        self._digest = digest
+        locator = self._impl.locator
+        self._cache_file = IndexDataCacheFile(
+            cache_path=locator.get_cache_path(),
+            filename_base=f"{self._impl.filename_base}-{digest[:20]}",
+            source_stamp=digest,
+        )
 
-    def _index_key(self, sig: Any, codegen: Any) -> Any:
-        return *super()._index_key(sig, codegen), self._digest
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        found = super().load_overload(sig, target_context)
+        # Two processes that save at the same moment may both take one file name for different signatures.
+        return found if found is not None and tuple(found.signature.args) == tuple(sig) else None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        try:
+            super().save_overload(sig, data)
+        except OSError as error:  # a full disk must not stop a call whose code is compiled
+            warnings.warn(f"compiled code is not kept in {self.cache_path}: {error}", RuntimeWarning, stacklevel=2)
 
 
 def cached(*drivers: Any) -> None:
