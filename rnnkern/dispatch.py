@@ -18,8 +18,15 @@ from rnnkern.backends.base import Backend, ScanInputs
 ORDER = ("cpp", "numba", "reference")
 NAMES = (*ORDER, "torch")
 
-_loaded: dict[str, Backend] = {}
-_missing: dict[str, str] = {}
+
+class _Slot:
+    """Where a scan backend goes when it is first asked for, or the reason why it cannot be loaded."""
+
+    backend: Backend | None = None
+    reason: str = ""
+
+
+_slots = {name: _Slot() for name in ORDER}
 
 
 class _Choice(threading.local):
@@ -30,18 +37,28 @@ class _Choice(threading.local):
 _choice = _Choice()
 
 
+def _load(name: str) -> str:
+    """Import a scan backend when first asked for; the reason why that fails, or nothing."""
+    slot = _slots[name]
+    if slot.backend is None and not slot.reason:
+        try:
+            slot.backend = importlib.import_module(f"rnnkern.backends.{name}").BACKEND
+        except ImportError as error:
+            slot.reason = str(error) or type(error).__name__
+    return slot.reason
+
+
+# What torch.compiler.assume_constant_result sets, which would import all of Dynamo here: a trace must not enter imports.
+_load._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def unavailable(name: str) -> str | None:
     """Why the backend cannot be loaded on this machine at all, or None if it can."""
-    if name not in NAMES:
-        raise ValueError(f"unknown backend {name!r}: expected one of {', '.join(NAMES)}")
-    if name == "torch" or name in _loaded:
+    if name == "torch":
         return None
-    if name not in _missing:
-        try:
-            _loaded[name] = importlib.import_module(f"rnnkern.backends.{name}").BACKEND
-        except ImportError as error:
-            _missing[name] = str(error)
-    return _missing.get(name)
+    if name not in ORDER:
+        raise ValueError(f"unknown backend {name!r}: expected one of {', '.join(NAMES)}")
+    return _load(name) or None
 
 
 def backend(name: str) -> Backend:
@@ -51,16 +68,14 @@ def backend(name: str) -> Backend:
         ValueError: no such scan backend; the message lists those that exist.
         RuntimeError: it exists but cannot be loaded here; the message says why.
     """
-    found = _loaded.get(name)
-    if found is not None:
-        return found
     if name not in ORDER:
         hint = "; torch's kernels run whole calls, not scans" if name == "torch" else ""
         raise ValueError(f"unknown scan backend {name!r}: expected one of {', '.join(ORDER)}{hint}")
-    reason = unavailable(name)
-    if reason is not None:
+    reason = _load(name)
+    found = _slots[name].backend
+    if found is None:
         raise RuntimeError(f"backend {name!r} cannot be loaded: {reason}")
-    return _loaded[name]
+    return found
 
 
 def backends() -> dict[str, str | None]:
@@ -131,7 +146,7 @@ def choose(inputs: ScanInputs) -> str:
     name = _choice.requested
     if name is None:
         for candidate in ORDER:
-            if unavailable(candidate) is None and not _loaded[candidate].unsupported(inputs):
+            if not _load(candidate) and not backend(candidate).unsupported(inputs):
                 ran(candidate)
                 return candidate
         raise RuntimeError(f"no backend can run {describe(inputs)}:\n{_listed(explain(inputs))}")
@@ -178,8 +193,8 @@ def explain(inputs: ScanInputs) -> dict[str, list[str]]:
     """Every scan backend's objections to these inputs, in order of preference; an empty list: it would run them."""
     found = {}
     for name in ORDER:
-        reason = unavailable(name)
-        found[name] = [reason] if reason is not None else _loaded[name].unsupported(inputs)
+        reason = _load(name)
+        found[name] = [reason] if reason else backend(name).unsupported(inputs)
     return found
 
 
