@@ -84,6 +84,8 @@ class Entering:
         """[S, P]: h after the step before this one, in the group's own direction, or the initial state."""
         inputs, y, h0, B = self.inputs, self.y[:, n], self.inputs.states[0][n], self.inputs.B
         reverse = inputs.spec.reverse[n]
+        if not y.shape[0]:
+            return y
         if self.dense:
             return torch.cat((y[B:], h0) if reverse else (h0, y[: y.shape[0] - B]))
         before, first, _ = self.where(reverse)

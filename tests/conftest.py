@@ -1,0 +1,84 @@
+"""What every test runs under: fixed seeds, uninitialised memory that is NaN, and the backends to iterate over."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rnnkern import dispatch
+
+
+def scan_backends() -> list[Any]:
+    """Every scan backend for pytest.mark.parametrize; one that cannot be loaded is skipped with its reason."""
+    found = []
+    for name in dispatch.ORDER:
+        reason = dispatch.unavailable(name)
+        marks = [pytest.mark.skip(reason=f"backend {name}: {reason}")] if reason is not None else []
+        found.append(pytest.param(name, marks=marks, id=name))
+    return found
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that takes `backend` and does not say which runs on all of them."""
+    named = {name for mark in metafunc.definition.iter_markers("parametrize") for name in _names(mark.args[0])}
+    if "backend" in metafunc.fixturenames and "backend" not in named:
+        metafunc.parametrize("backend", scan_backends())
+
+
+def _names(argument: Any) -> list[str]:
+    return [name.strip() for name in argument.split(",")] if isinstance(argument, str) else list(argument)
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _nan_in_new_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is allocated without a value holds NaN, so that a row nobody wrote is seen.
+
+    By the names through which Python allocates, because all of this library's memory comes from there.
+    torch.utils.deterministic.fill_uninitialized_memory would do it only together with the deterministic algorithms,
+    which are not the ones that users run.
+    """
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"),
+        (torch.Tensor, "new_empty_strided"),
+    ):
+        monkeypatch.setattr(owner, name, _filling(getattr(owner, name)))
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(np, name, _filling_array(getattr(np, name)))
+
+
+def _filling(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def filled(*args: Any, **kwargs: Any) -> torch.Tensor:
+        tensor = allocate(*args, **kwargs)
+        if torch.compiler.is_compiling() or tensor.is_meta:
+            return tensor
+        with torch.no_grad():
+            if tensor.is_floating_point() or tensor.is_complex():
+                return tensor.fill_(float("nan"))
+            return tensor.fill_(True) if tensor.dtype == torch.bool else tensor.fill_(torch.iinfo(tensor.dtype).max)
+
+    return filled
+
+
+def _filling_array(allocate: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+    def filled(*args: Any, **kwargs: Any) -> np.ndarray:
+        array = allocate(*args, **kwargs)
+        if array.dtype.kind == "f":
+            array.fill(np.nan)
+        return array
+
+    return filled
