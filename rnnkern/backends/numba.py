@@ -7,6 +7,7 @@ torch.mm, step by step, because its kernels and threads are better than anything
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -20,87 +21,101 @@ from rnnkern.cells import CELLS
 _ROUNDING = {torch.bfloat16: driver.ROUND_BF16, torch.float16: driver.ROUND_FP16}
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _LARGE = 3 << 20  # multiply-adds in a step from which torch.mm and its call overhead beat the loop
+_NO_RESET = np.empty((0, 0), np.bool_)
 
 
 class _Rows(NamedTuple):
-    """Where each step's rows lie; batch rows are taken in the order of descending length."""
+    """Where each step's rows lie; the loops take batch rows in the order of descending length."""
 
     alive: np.ndarray  # [T] how many rows step t has
     offsets: np.ndarray  # [T]
     order: np.ndarray  # [B] batch row of each work row
     lengths: np.ndarray  # [B] of work rows
-    permutation: Tensor | None  # order as a tensor; None: the identity
-    complete: bool  # every row of the S is some step's
+    existing: int  # rows in all: S, or the others are to be zero
 
-    def sort(self, state: Tensor) -> Tensor:
-        return state if self.permutation is None else state.index_select(0, self.permutation)
 
-    def unsort(self, state: Tensor, out: Tensor) -> None:
-        """out = state in the caller's order of rows, cast to out's dtype."""
-        if self.permutation is None:
-            out.copy_(state)
-        else:
-            out[self.permutation] = state.to(out.dtype)
+@lru_cache(maxsize=16)
+def _dense(T: int, B: int) -> _Rows:
+    return _Rows(np.full(T, B), np.arange(T) * B, np.arange(B), np.full(B, T), T * B)
 
 
 def _rows(inputs: ScanInputs) -> _Rows:
-    T, B = inputs.T, inputs.B
-    offsets = np.arange(T, dtype=np.int64) * B if inputs.offsets is None else _array(inputs.offsets)
+    rows = _dense(inputs.T, inputs.B)
+    if inputs.offsets is not None:
+        rows = rows._replace(offsets=_array(inputs.offsets, torch.int64))
     if inputs.lengths is None:
-        alive, lengths = np.full(T, B, np.int64), np.full(B, T, np.int64)
-        return _Rows(alive, offsets, np.arange(B), lengths, None, inputs.gx.shape[0] == T * B)
-    given = np.minimum(_array(inputs.lengths), T)
+        return rows
+    given = np.minimum(_array(inputs.lengths, torch.int64), inputs.T)
     order = np.argsort(-given, kind="stable")
     lengths = given[order]
-    alive = B - np.searchsorted(lengths[::-1], np.arange(T), side="right")
-    identity = bool((order == np.arange(B)).all())
-    complete = int(lengths.sum()) == inputs.gx.shape[0]
-    return _Rows(alive, offsets, order, lengths, None if identity else torch.from_numpy(order), complete)
+    alive = inputs.B - np.searchsorted(lengths[::-1], np.arange(inputs.T), side="right")
+    return _Rows(alive, rows.offsets, order, lengths, int(lengths.sum()))
 
 
-def _array(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().contiguous().numpy()
+def _array(tensor: Tensor, dtype: torch.dtype) -> np.ndarray:
+    return tensor.detach().to(dtype).contiguous().numpy()
 
 
-class _Work(NamedTuple):
-    """What forward and backward both bring into compute dtype."""
+class _Work:
+    """What forward and backward both bring into the loops' form; arrays are of the compute dtype."""
 
-    cell: int
-    rows: _Rows
-    dtype: torch.dtype
-    gates: int
-    width: int  # H
-    out: int  # P
-    reset: np.ndarray  # [S, N], or [0, 0]
+    def __init__(self, inputs: ScanInputs) -> None:
+        cell = CELLS[inputs.spec.cell]
+        self.inputs, self.rows = inputs, _rows(inputs)
+        self.cell = driver.CELL_IDS[inputs.spec.cell]
+        self.dtype = accumulation_dtype(inputs.gx.dtype)
+        self.storage = inputs.gx.dtype
+        self.S, self.N, self.width = inputs.gx.shape
+        self.H, self.P = self.width // len(cell.gates), inputs.states[0].shape[-1]
+        self.states = self.bring(inputs.states)
+        self.reset = _NO_RESET if inputs.reset is None else _array(inputs.reset, torch.bool)
+        self.reset_states = self.bring(inputs.reset_states)
+        self.project = "w_hr" in inputs.spec.params
 
-    def bring(self, tensor: Tensor) -> Tensor:
-        return tensor.detach().to(self.dtype).contiguous()
+    def array(self, tensor: Tensor) -> np.ndarray:
+        return _array(tensor, self.dtype)
 
-    def states(self, given: tuple[Tensor, ...], n: int) -> tuple[Tensor, Tensor]:
-        """Group n's h [B, P] and the other states [B, K-1, H], in work order: copies, which the loops may change."""
-        rest = given[0].new_empty((given[0].shape[1], len(given) - 1, self.width), dtype=self.dtype)
-        for k, state in enumerate(given[1:]):
-            rest[:, k] = self.rows.sort(state[n].detach())
-        h = self.rows.sort(given[0][n].detach()).to(self.dtype)
-        return h.clone(memory_format=torch.contiguous_format), rest
+    def bring(self, states: tuple[Tensor, ...]) -> list[np.ndarray]:
+        return [self.array(state) for state in states]
 
-    def replacements(self, inputs: ScanInputs, n: int) -> tuple[Tensor, Tensor]:
-        """Group n's states for resets; dummies of no rows where there are no resets."""
-        if inputs.reset is not None and inputs.reset_states:
-            return self.states(inputs.reset_states, n)
-        rows = inputs.B if inputs.reset is not None else 0
-        like = inputs.states[0]
-        h = like.new_zeros((rows, self.out), dtype=self.dtype)
-        return h, like.new_zeros((rows, len(inputs.states) - 1, self.width), dtype=self.dtype)
+    def output(self, *shape: int, kept: bool = True) -> Tensor:
+        """[S, N, ...], zero where the loops write no rows; of no rows if it is not kept."""
+        if not kept:
+            return torch.empty((0, self.N, *shape), dtype=self.dtype)
+        make = torch.empty if self.rows.existing == self.S else torch.zeros
+        return make((self.S, self.N, *shape), dtype=self.dtype)
+
+    def buffer(self, *shape: int) -> np.ndarray:
+        return np.empty((self.inputs.B, *shape), self.states[0].dtype)
+
+    def sorted(self, states: list[np.ndarray], n: int) -> tuple[np.ndarray, np.ndarray]:
+        """Group n's h [B, P] and the other states [B, K-1, H] by length: copies, which the loops may change."""
+        rest = self.buffer(len(states) - 1, self.H)
+        for k, state in enumerate(states[1:]):
+            rest[:, k] = state[n, self.rows.order]
+        return states[0][n, self.rows.order], rest
+
+    def replacements(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """Group n's states for resets; of no rows where there are no resets."""
+        if self.reset_states:
+            return self.sorted(self.reset_states, n)
+        rows = 0 if self.inputs.reset is None else self.inputs.B
+        kind = self.states[0].dtype
+        return np.zeros((rows, self.P), kind), np.zeros((rows, len(self.states) - 1, self.H), kind)
+
+    def place(self, h: np.ndarray, rest: np.ndarray, n: int, outs: list[np.ndarray]) -> None:
+        """Group n of states [N, B, ...] in the caller's order of rows."""
+        for k, out in enumerate(outs):
+            out[n, self.rows.order] = rest[:, k - 1] if k else h
+
+    def by_torch(self) -> bool:
+        """Whether products go to torch.mm: they are large, or too few to pay for transposing W."""
+        return self.inputs.B * self.width * self.P >= _LARGE or self.inputs.T <= 2
 
 
-def _work(inputs: ScanInputs) -> _Work:
-    cell = CELLS[inputs.spec.cell]
-    gates, out = len(cell.gates), inputs.states[0].shape[-1]
-    reset = np.empty((0, 0), np.bool_) if inputs.reset is None else _array(inputs.reset)
-    dtype = accumulation_dtype(inputs.gx.dtype)
-    number = driver.CELL_IDS[inputs.spec.cell]
-    return _Work(number, _rows(inputs), dtype, gates, inputs.gx.shape[-1] // gates, out, reset)
+def _steps(T: int, reverse: bool) -> list[tuple[int, int]]:
+    """(k, t): the group's own count of steps, and where that is in time."""
+    return [(k, T - 1 - k if reverse else k) for k in range(T)]
 
 
 class NumbaBackend:
@@ -131,62 +146,50 @@ class NumbaBackend:
         return reasons
 
     def forward(self, inputs: ScanInputs) -> ScanOutputs:
-        spec, work = inputs.spec, _work(inputs)
-        S, N = inputs.gx.shape[:2]
-        rows, H, P, others = work.rows, work.width, work.out, len(inputs.states) - 1
-        storage, B = inputs.gx.dtype, inputs.B
+        spec, work = inputs.spec, _Work(inputs)
+        rows, others, project, storage = work.rows, len(inputs.states) - 1, work.project, work.storage
         save_states, save_planes = spec.save != "none", spec.save == "all"
-        project = "w_hr" in spec.params
+        planes_shape = (len(CELLS[spec.cell].planes), work.H)
 
-        def rows_of(*shape: int, kept: bool = True) -> Tensor:
-            make = torch.empty if rows.complete or not kept else torch.zeros
-            return make((S if kept else 0, N, *shape), dtype=work.dtype)
+        y, seq = work.output(work.P), work.output(others, work.H, kept=save_states)
+        planes, hidden = work.output(*planes_shape, kept=save_planes), work.output(work.H, kept=project and save_states)
+        final = [np.empty_like(state) for state in work.states]
+        gx, gh, m = work.array(inputs.gx), work.buffer(work.width), work.buffer(work.H)
+        written = (*(t.numpy() for t in (y, seq, planes, hidden)), np.empty(planes_shape, gx.dtype))
+        fused = not work.by_torch()
 
-        gx = work.bring(inputs.gx)
-        y, seq = rows_of(P), rows_of(others, H, kept=save_states)
-        planes = rows_of(len(CELLS[spec.cell].planes), H, kept=save_planes)
-        hidden = rows_of(H, kept=project and save_states)
-        final = tuple(torch.empty_like(s, memory_format=torch.contiguous_format) for s in inputs.states)
-        gh, m = (torch.empty((B, width), dtype=work.dtype) for width in (work.gates * H, H))
-        scratch = torch.empty(planes.shape[2:], dtype=work.dtype)
-        outs = [t.numpy() for t in (y, seq, planes, hidden, scratch)]
-
-        for n in range(N):
-            params = dict(zip(spec.params, inputs.params[n], strict=True))
-            w = work.bring(params["w_hh"])
-            bias = work.bring(params["b_hh"]) if "b_hh" in params else None
-            w_hr_t = work.bring(params["w_hr"].t()) if project else w.new_empty((0, 0))
-            fused = not _by_torch(inputs, w)
-            h, rest = work.states(inputs.states, n)
-            replace = [t.numpy() for t in work.replacements(inputs, n)]
-            where = (rows.alive, rows.offsets, rows.order, work.reset, *replace)
-            # By torch.mm neither is read by the loop, and transposing W would cost more than it.
-            w_t = w.t().contiguous() if fused else w.new_empty((0, 0))
-            start = (w.new_zeros(w.shape[0]) if bias is None else bias) if fused else w.new_empty(0)
-            arrays = [t.numpy() for t in (gx, w_t, start, w_hr_t, h, rest, gh, m)]
+        for n in range(work.N):
+            params = {k: v.detach().to(work.dtype) for k, v in zip(spec.params, inputs.params[n], strict=True)}
+            w, bias = params["w_hh"], params.get("b_hh")
+            h, rest = work.sorted(work.states, n)
+            nothing = h[:0]
+            # By torch.mm the loop reads neither, and transposing W would cost more than the product.
+            w_t = w.t().contiguous().numpy() if fused else nothing
+            start = bias.contiguous().numpy() if bias is not None else np.zeros(work.width, gx.dtype)
+            w_hr_t = params["w_hr"].t().contiguous().numpy() if project else nothing
+            where = (rows.alive, rows.offsets, rows.order, work.reset, *work.replacements(n))
             how = (spec.reverse[n], fused, save_states, save_planes, _ROUNDING.get(storage, 0))
+            rest_of = (*where, gx, w_t, start, w_hr_t, h, rest, gh, m, *written)
             if fused:
-                driver.forward(work.cell, n, 0, inputs.T, *how, *where, *arrays, *outs)
+                driver.forward(work.cell, n, 0, inputs.T, *how, *rest_of)
             else:
+                left, right, product = torch.from_numpy(h), w.t(), torch.from_numpy(gh)
                 for k, t in _steps(inputs.T, spec.reverse[n]):
                     count = int(rows.alive[t])
                     if inputs.reset is not None:
-                        driver.enter(t, n, *where, *arrays[4:6])
+                        driver.enter(t, n, *where, h, rest)
                     if bias is None:
-                        torch.mm(h[:count], w.t(), out=gh[:count])
+                        torch.mm(left[:count], right, out=product[:count])
                     else:
-                        torch.addmm(bias, h[:count], w.t(), out=gh[:count])
-                    driver.forward(work.cell, n, k, k + 1, *how, *where, *arrays, *outs)
-            rows.unsort(h, final[0][n])
-            for k in range(others):
-                rows.unsort(rest[:, k], final[k + 1][n])
+                        torch.addmm(bias, left[:count], right, out=product[:count])
+                    driver.forward(work.cell, n, k, k + 1, *how, *rest_of)
+            work.place(h, rest, n, final)
 
-        empty = y.new_empty(0, dtype=storage)
-        seqs = tuple(seq[:, :, k] if save_states else y.new_empty(0) for k in range(others))
+        empty = torch.empty(0, dtype=storage)
         return ScanOutputs(
             y.to(storage),
-            final,
-            seqs,
+            tuple(torch.from_numpy(v).to(s.dtype) for v, s in zip(final, inputs.states, strict=True)),
+            tuple(seq[:, :, k] if save_states else seq.new_empty(0) for k in range(others)),
             planes.to(storage) if save_planes else empty,
             hidden.to(storage) if project and save_states else empty,
         )
@@ -199,88 +202,65 @@ class NumbaBackend:
         dfinal: tuple[Tensor, ...],
         dseq: tuple[Tensor, ...],
     ) -> ScanGrads:
-        spec, work = inputs.spec, _work(inputs)
+        spec, work = inputs.spec, _Work(inputs)
         if spec.save != "all":
             raise ValueError(f"backward needs the planes of a forward with save='all', got save={spec.save!r}")
-        S, N = outputs.y.shape[:2]
-        rows, H, P = work.rows, work.width, work.out
-        storage, B = outputs.y.dtype, inputs.B
-        project, split = "w_hr" in spec.params, bool(CELLS[spec.cell].split)
+        rows, project, split = work.rows, work.project, bool(CELLS[spec.cell].split)
 
-        def rows_of(width: int, kept: bool = True) -> Tensor:
-            make = torch.empty if rows.complete or not kept else torch.zeros
-            return make((S if kept else 0, N, width), dtype=work.dtype)
+        read = [work.array(t) for t in (outputs.y, _stack(outputs.seq, work), outputs.planes, dy, _stack(dseq, work))]
+        dgx, dgh = work.output(work.width), work.output(work.width, kept=split)
+        dprojected = work.output(work.P, kept=project)
+        dstates = [np.empty_like(state) for state in work.states]
+        dreset_states = [np.empty_like(state) for state in work.reset_states]
+        dends, dm, d = work.bring(dfinal), work.buffer(work.H), work.buffer(work.width)
+        written = [t.numpy() for t in (dgx, dgh, dprojected)]
+        fused = not work.by_torch()
 
-        seq, dseqs = _stack(outputs.seq, S, N, H, work), _stack_gradients(dseq, S, N, H, work)
-        read = [work.bring(t).numpy() for t in (outputs.y, seq, outputs.planes, dy, dseqs)]
-        dgx = rows_of(work.gates * H)
-        dgh = rows_of(work.gates * H, kept=split)
-        dh_rows = rows_of(P, kept=project)
-        dstates = tuple(torch.empty_like(s, memory_format=torch.contiguous_format) for s in inputs.states)
-        dreset_states = tuple(s.new_empty((N, B, s.shape[-1])) for s in inputs.reset_states)
-        dm, d = (torch.empty((B, width), dtype=work.dtype) for width in (H, work.gates * H))
-
-        for n in range(N):
-            params = dict(zip(spec.params, inputs.params[n], strict=True))
-            w = work.bring(params["w_hh"])
-            w_hr = work.bring(params["w_hr"]) if project else w.new_empty((0, 0))
-            fused = not _by_torch(inputs, w)
-            h0, rest0 = work.states(inputs.states, n)
-            dh, drest = work.states(dfinal, n)
-            replace = work.replacements(inputs, n)
-            dreplace = [torch.zeros_like(t) for t in replace]
-            where = [rows.alive, rows.offsets, rows.order]
-            places = (*where, rows.lengths, work.reset, *(t.numpy() for t in replace))
-            arrays = [t.numpy() for t in (w, w_hr, h0, rest0)]
-            wrote = [t.numpy() for t in (dh, drest, dm, d, dgx, dgh, dh_rows, *dreplace)]
-            how = (spec.reverse[n], fused, split)
+        for n in range(work.N):
+            params = {k: v.detach().to(work.dtype) for k, v in zip(spec.params, inputs.params[n], strict=True)}
+            w = params["w_hh"].contiguous()
+            h0, rest0 = work.sorted(work.states, n)
+            dh, drest = work.sorted(dends, n)
+            w_hr = params["w_hr"].contiguous().numpy() if project else h0[:0]
+            replace = work.replacements(n)
+            dreplace = [np.zeros_like(v) for v in replace]
+            where = (rows.alive, rows.offsets, rows.order)
+            places = (*where, rows.lengths, work.reset, *replace)
+            changed = (dh, drest, dm, d, *written, *dreplace)
+            rest_of = (spec.reverse[n], fused, split, *places, w.numpy(), w_hr, h0, rest0, *read, *changed)
             if fused:
-                driver.backward(work.cell, n, 0, inputs.T, *how, *places, *arrays, *read, *wrote)
+                driver.backward(work.cell, n, 0, inputs.T, *rest_of)
             else:
+                left, total = torch.from_numpy(d), torch.from_numpy(dh)
                 for k, t in reversed(_steps(inputs.T, spec.reverse[n])):
                     count = int(rows.alive[t])
-                    driver.backward(work.cell, n, k, k + 1, *how, *places, *arrays, *read, *wrote)
-                    dh[:count].addmm_(d[:count], w)
+                    driver.backward(work.cell, n, k, k + 1, *rest_of)
+                    total[:count].addmm_(left[:count], w)
                     if inputs.reset is not None:
-                        driver.leave(t, n, *where, work.reset, *wrote[:2], *wrote[-2:])
-            for given, (first, others_) in ((dstates, (dh, drest)), (dreset_states, dreplace)):
-                for k, out in enumerate(given):
-                    rows.unsort(others_[:, k - 1] if k else first, out[n])
+                        driver.leave(t, n, *where, work.reset, dh, drest, *dreplace)
+            work.place(dh, drest, n, dstates)
+            work.place(dreplace[0], dreplace[1], n, dreset_states)
 
-        empty = dgx.new_empty(0, dtype=storage)
+        storage, empty = work.storage, torch.empty(0, dtype=work.storage)
         return ScanGrads(
             dgx.to(storage),
             dgh.to(storage) if split else empty,
             empty,
-            dh_rows.to(storage) if project else empty,
-            dstates,
-            dreset_states,
-            tuple(() for _ in range(N)),
+            dprojected.to(storage) if project else empty,
+            tuple(torch.from_numpy(v).to(s.dtype) for v, s in zip(dstates, inputs.states, strict=True)),
+            tuple(torch.from_numpy(v).to(s.dtype) for v, s in zip(dreset_states, inputs.reset_states, strict=True)),
+            tuple(() for _ in range(work.N)),
         )
 
 
-def _by_torch(inputs: ScanInputs, w: Tensor) -> bool:
-    """Whether a step's product goes to torch.mm: it is large, or there are too few to pay for transposing W."""
-    return inputs.B * w.numel() >= _LARGE or inputs.T <= 2
-
-
-def _steps(T: int, reverse: bool) -> list[tuple[int, int]]:
-    """(k, t): the group's own count of steps, and where that is in time."""
-    return [(k, T - 1 - k if reverse else k) for k in range(T)]
-
-
-def _stack(seq: tuple[Tensor, ...], S: int, N: int, H: int, work: _Work) -> Tensor:
-    """[S, N, K-1, H]; of one state, as in all cells so far, a view."""
-    if not seq:
-        return torch.empty((S, N, 0, H), dtype=work.dtype)
-    return torch.stack(seq, 2) if len(seq) > 1 else seq[0].unsqueeze(2)
-
-
-def _stack_gradients(dseq: tuple[Tensor, ...], S: int, N: int, H: int, work: _Work) -> Tensor:
-    """As _stack, where a gradient of no elements is zero; no rows if all are."""
-    if not any(d.numel() for d in dseq):
-        return torch.empty((0, N, len(dseq), H), dtype=work.dtype)
-    return _stack(tuple(d if d.numel() else d.new_zeros((S, N, H)) for d in dseq), S, N, H, work)
+def _stack(rows: tuple[Tensor, ...], work: _Work) -> Tensor:
+    """[S, N, K-1, H]; of one state, as in all cells so far, a view. Gradients of no elements are zero; if all are, S
+    is 0."""
+    if not any(v.numel() for v in rows):
+        return torch.empty((0, work.N, len(rows), work.H), dtype=work.dtype)
+    if len(rows) == 1:
+        return rows[0].unsqueeze(2)
+    return torch.stack([v if v.numel() else v.new_zeros((work.S, work.N, work.H)) for v in rows], 2)
 
 
 BACKEND = NumbaBackend()

@@ -14,9 +14,9 @@ from numba import njit, types
 from numba.extending import overload
 
 # Contraction only: `reassoc` would fold the two-part ln2 and the rounding shift away.
-_EXACT = {"fastmath": {"contract"}, "error_model": "numpy"}
+_EXACT: dict[str, Any] = {"fastmath": {"contract"}, "error_model": "numpy"}
 # NaN and Inf must survive, so neither nnan nor ninf.
-FAST = {"fastmath": {"contract", "reassoc", "arcp", "nsz"}, "error_model": "numpy"}
+FAST: dict[str, Any] = {"fastmath": {"contract", "reassoc", "arcp", "nsz"}, "error_model": "numpy"}
 
 
 @njit(**_EXACT)
