@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from rnnkern import demo, info
+from rnnkern import demo, dispatch, info
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -18,6 +18,10 @@ def main(argv: list[str] | None = None) -> int:
     demo_parser = commands.add_parser("demo", help=about, description=about)
     demo.add_arguments(demo_parser)
     args = parser.parse_args(argv)
+    try:
+        dispatch.unavailable("cpp")
+    except RuntimeError as error:  # RNNKERN_CPU_ISA asks for what is not there
+        parser.error(str(error))
     if args.command == "info":
         print(info.text())
         return 0

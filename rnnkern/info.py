@@ -47,13 +47,21 @@ def chosen(inputs: ScanInputs) -> tuple[str, str]:
 
 
 def instruction_sets() -> str:
-    """Those that the C++ kernels were built for, those that this processor has, and the one that runs."""
-    missing = dispatch.unavailable("cpp")
-    if missing is not None:
+    """Those that the C++ kernels were built for, and the one that runs."""
+    if dispatch.unavailable("cpp") is not None:
         return "none: there is no C++ backend"
-    from rnnkern.backends import cpp
+    from rnnkern import _cpu
+    from rnnkern.backends.cpp import BACKEND
 
-    return cpp.describe_instruction_sets()
+    words = []
+    for name in _cpu.isas():  # best first
+        try:
+            _cpu.chosen(name)
+        except RuntimeError:  # this processor does not have it
+            words.append(f"{name} (not here)")
+        else:
+            words.append(f"{name} (runs)" if name == BACKEND.isa else name)
+    return ", ".join(words)
 
 
 def processor() -> str:
