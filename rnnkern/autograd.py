@@ -120,9 +120,12 @@ def layer(
     if not graded and _direct(tensors):
         out = _forward(backend, inputs, x, w_ih, b_ih, plan.models)
         return out.y, out.final, out.seq if keep_states else ()
+    K = len(states)
+    if transformed and _forward_levels() > 1:  # torch would take a Function's jvp for a constant there
+        out = _reference(plan, T, B, x, tuple(tensors[1:]))[1]
+        return out.y, out.final, out.seq if keep_states else ()
     function = Layer if compiling else LayerWithTangents
     outputs = function.apply(plan, backend, T, B, *tensors)
-    K = len(states)
     return outputs[0], outputs[1 : 1 + K], outputs[1 + K : 2 * K] if keep_states else ()
 
 
@@ -141,6 +144,12 @@ def _direct(tensors: Sequence[Any]) -> bool:
         if type(t) not in _PLAIN or t.is_meta:
             return False
     return True
+
+
+def _forward_levels() -> int:
+    """How many nested forward-mode transforms are active."""
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in stack)
 
 
 def _forward(

@@ -9,8 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch._dynamo import trace_rules
 
 from rnnkern import dispatch
+
+# Dynamo knows torch's functions by identity: it must have seen those that _nan_in_new_memory replaces.
+trace_rules.get_torch_obj_rule_map()
 
 
 def scan_backends() -> list[Any]:

@@ -1,7 +1,7 @@
-"""The scan contract through rnnkern's own layer, in fp64, on every scan backend: outputs, final states, every gradient.
+"""The scan contract through the layer, in fp64, on every scan backend: outputs, final states, every gradient.
 
-Truth is torch.nn where torch has the thing, else a loop written out here, else the reference's forward under torch's own
-autograd (`Call.written_out`). What a backend refuses is skipped with its reasons.
+Truth is torch.nn where torch has the thing, else a loop written out here, else the reference's forward under torch's
+own autograd (`Call.written_out`). What a backend refuses is skipped with its reasons.
 """
 
 from __future__ import annotations
