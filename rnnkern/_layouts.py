@@ -20,10 +20,7 @@ def unflatten(
         return both.transpose(0, 1) if batch_first else both
 
     out = shaped(y)
-    last = len(states) - 1
-    return out, tuple(
-        tuple(out if k == last and n == 0 else shaped(s) for n, s in enumerate(kept)) for k, kept in enumerate(states)
-    )
+    return out, tuple(tuple(out if s is y else shaped(s) for s in kept) for kept in states)
 
 
 def packed(batch_sizes: Tensor, B: int, device: torch.device) -> tuple[Tensor, Tensor]:

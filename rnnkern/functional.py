@@ -278,12 +278,11 @@ def run(
     if two and final[1].dtype != dtypes[1]:
         final = (final[0], final[1].to(dtypes[1]))
 
-    if packed:
-        return y, final, states
-    y, states = _layouts.unflatten(y, states, T, B, batch_first)
-    if batched:
-        return y, final, states
-    return y.squeeze(1), tuple(h.squeeze(1) for h in final), tuple(tuple(s.squeeze(1) for s in k) for k in states)
+    if batched and not packed:
+        y, states = _layouts.unflatten(y, states, T, B, batch_first)
+    elif not batched:  # one batch row: the rows are the steps
+        final = tuple(h.squeeze(1) for h in final)
+    return y, final, states
 
 
 def stack(
