@@ -55,7 +55,8 @@ class Text:
     def prompt(self) -> Tensor:
         """What a sample goes on from: the first sentence of the held-out text to begin, or its first characters."""
         words = self.decode(self.held.tolist())
-        start = words.find(". ") + 2 if ". " in words else 0
+        end = words.find(". ", 0, max(0, len(words) - PROMPT))
+        start = end + 2 if end >= 0 else 0
         return self.held[start : start + PROMPT]
 
     def decode(self, indices: list[int]) -> str:

@@ -19,14 +19,16 @@ ENVIRONMENT = {
 }
 
 
-def plain_call(cell: str, T: int = 100, B: int = 16, H: int = 256, dtype: torch.dtype = torch.float32) -> ScanInputs:
+def plain_call(
+    cell: str, T: int = 100, B: int = 16, H: int = 256, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> ScanInputs:
     """The scan of a plain one-layer call, as far as a choice of backend looks at it: gx has no memory."""
     spec = CELLS[cell]
     gates = len(spec.gates)
-    weight = torch.empty(gates * H, H, dtype=dtype)
-    gx = torch.empty((), dtype=dtype).expand(T * B, 1, gates * H)
-    states = tuple(torch.empty(1, B, H, dtype=dtype) for _ in spec.states)
-    params = ((weight, torch.empty(gates * H, dtype=dtype)),)
+    kind = {"dtype": dtype, "device": torch.device(device)}
+    gx = torch.empty((), **kind).expand(T * B, 1, gates * H)
+    states = tuple(torch.empty(1, B, H, **kind) for _ in spec.states)
+    params = ((torch.empty(gates * H, H, **kind), torch.empty(gates * H, **kind)),)
     return ScanInputs(ScanSpec(cell, (False,), ("w_hh", "b_hh")), T, B, gx, states, params)
 
 
@@ -36,6 +38,8 @@ def chosen(inputs: ScanInputs) -> tuple[str, str]:
     if asked is not None:
         return asked, "asked for with use_backend"
     if dispatch.wants_torch(inputs.gx.device, inputs.gx.dtype, inputs.spec.cell, inputs.B, packed=False):
+        if inputs.gx.device.type != "cpu":
+            return "torch", f"there is no scan backend for {inputs.gx.device.type}"
         return "torch", f"torch's own kernel is faster than what is left without cpp ({dispatch.unavailable('cpp')})"
     refusals = []
     for name, reasons in dispatch.explain(inputs).items():
@@ -98,9 +102,9 @@ def text() -> str:
     found = dispatch.backends().items()
     lines += ["", "backends, in the order in which a call asks them (torch: its own kernels, for whole calls):"]
     lines += table(((key, "there" if missing is None else f"not there: {missing}") for key, missing in found), indent=2)
-    lines += ["", "what a plain call takes (T=100, B=16, H=256, float32 on the CPU), and why:"]
-    for cell in CELLS:
-        lines.append(f"  {cell:<8}  {': '.join(chosen(plain_call(cell)))}")
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        lines += ["", f"what a plain call takes (T=100, B=16, H=256, float32 on {device}), and why:"]
+        lines += table(((cell, ": ".join(chosen(plain_call(cell, device=device)))) for cell in CELLS), indent=2)
     lines += ["", "environment variables:"]
     lines += table(
         ((key, f"{os.environ.get(key) or 'not set'} ({meaning})") for key, meaning in ENVIRONMENT.items()), indent=2
