@@ -347,6 +347,24 @@ def test_what_is_fed_back_is_what_y_says(scan: Backend, cell: str, dtype: torch.
     assert all(torch.equal(a, b) for a, b in zip(tail.final, whole.final, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_h_is_rounded_as_torch_rounds(scan: Backend, dtype: torch.dtype) -> None:
+    """Any bit patterns: subnormals, ties, overflow, NaN. A unit of relu with weight 1 adds gx to h."""
+    B, generator = 5000, torch.Generator().manual_seed(0)
+    bits = torch.randint(-(2**15), 2**15, (4, B, 1, 1), generator=generator).to(torch.int16)
+    values = bits.view(dtype)
+    if dtype == torch.bfloat16:  # its subnormals are fp32's, which processors' bf16 products take for 0
+        values = torch.where(values.abs() < torch.finfo(dtype).tiny, 0, values)
+    h0, gx = values[0].abs().view(1, B, 1), values[1:].reshape(3 * B, 1, 1)
+    spec = ScanSpec("rnn_relu", (False,), ("w_hh",), save="none")
+    y = scan.forward(ScanInputs(spec, 3, B, gx, (h0,), ((torch.ones(1, 1, dtype=dtype),),))).y.view(3, B)
+    h = h0.view(B)
+    for t in range(3):
+        h = (gx.view(3, B)[t].float() + h.float()).relu().to(dtype)
+        same = (y[t] == h) | (y[t].isnan() & h.isnan())
+        assert same.all(), f"step {t}: {y[t][~same][:5].tolist()}, not {h[~same][:5].tolist()}"
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_several_python_threads(scan: Backend, cell: str) -> None:
     case = Case(cell, T=6, B=33, H=64)
