@@ -5,6 +5,7 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "api.h"
 #include "threads.h"
@@ -35,13 +36,34 @@ bool run_parallel(int threads, void (*fn)(void*, int), void* context) {
 
 void yield_thread() { sched_yield(); }
 
+namespace {
+struct Kept {
+  unsigned char* base = nullptr;
+  size_t capacity = 0;
+  ~Kept() { std::free(base); }
+};
+thread_local Kept kept;
+}  // namespace
+
 void Scratch::allocate() {
-  base_ = static_cast<unsigned char*>(std::aligned_alloc(64, size_ ? size_ : 64));
-  if (!base_) throw std::runtime_error("rnnkern: out of memory: cannot allocate " + std::to_string(size_) + " bytes of scratch space");
+  if (kept.capacity >= size_) {
+    base_ = std::exchange(kept.base, nullptr);
+    capacity_ = std::exchange(kept.capacity, 0);
+  } else {
+    capacity_ = size_;
+    base_ = static_cast<unsigned char*>(std::aligned_alloc(64, size_));
+    if (!base_) throw std::runtime_error("rnnkern: out of memory: cannot allocate " + std::to_string(size_) + " bytes of scratch space");
+  }
   for (int i = 0; i < count_; i++) *arrays_[i].array = base_ + arrays_[i].offset;
 }
 
-Scratch::~Scratch() { std::free(base_); }
+Scratch::~Scratch() {
+  if (base_ && capacity_ <= kKept && capacity_ > kept.capacity) {
+    std::swap(base_, kept.base);
+    kept.capacity = capacity_;
+  }
+  std::free(base_);
+}
 
 static const Kernels* const kAll[] = {
 #if defined(__x86_64__)

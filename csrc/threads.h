@@ -52,7 +52,8 @@ class Barrier {
   int size_ = 1;
 };
 
-// One aligned block in several arrays: name them all, then allocate.
+// One aligned block in several arrays: name them all, then allocate. Each calling thread keeps its last block for its next
+// call, up to kKept bytes: fresh pages cost more than the packing that they are for.
 class Scratch {
  public:
   Scratch() = default;
@@ -69,12 +70,13 @@ class Scratch {
 
  private:
   static constexpr int kMaxArrays = 24;
+  static constexpr size_t kKept = size_t(64) << 20;
   struct {
     void** array;
     size_t offset;
   } arrays_[kMaxArrays];
   int count_ = 0;
-  size_t size_ = 0;
+  size_t size_ = 0, capacity_ = 0;
   unsigned char* base_ = nullptr;
 };
 

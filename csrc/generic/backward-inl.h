@@ -19,7 +19,7 @@ class BackwardScan {
     projected_ = f.weights[0].w_hr != nullptr;
     blocks_ = ceil_div(f.H, n);
     out_blocks_ = ceil_div(f.P, n);
-    split_ = Split::choose(max_threads, f.N, f.B, blocks_, G * f.H * f.P * int64_t(sizeof(W)), f.lengths != nullptr);
+    split_ = Split::choose(f, max_threads, blocks_, G * f.H * f.P, 0, G * f.H * f.P * int64_t(sizeof(W)));
     pack_ = f.B > 1 && f.S >= 4 * f.B;
     c_stride_ = blocks_ * n;
     h_stride_ = out_blocks_ * n;
@@ -60,20 +60,18 @@ class BackwardScan {
   // ---- packing and the gradients of the final states, by all threads ----------------------------------------------
 
   void prepare(int rank) {
-    int threads = split_.threads();
-    int64_t unit = 0;
     for (int64_t g = 0; g < f_.N; g++) {
       const Weights& w = f_.weights[g];
       for (int col = 0; pack_ && col < split_.cols; col++) {
         Range own = share(blocks_, split_.cols, col), out = share(out_blocks_, split_.cols, col);
         for (int64_t b = out.begin; b < out.end; b += 4)
-          if (unit++ % threads == rank)
+          if (split_.packer(g, col, b / 4) == rank)
             pack_nn<M>((const ST*)w.w_hh, f_.P, G * f_.H, b * n, f_.P - b * n, out.take(b, 4), hh_ + (g * out_blocks_ + b) * n * hh_steps_);
         for (int64_t b = own.begin; projected_ && b < own.end; b += 4)
-          if (unit++ % threads == rank)
+          if (split_.packer(g, col, b / 4) == rank)
             pack_nn<M>((const ST*)w.w_hr, f_.H, f_.P, b * n, f_.H - b * n, own.take(b, 4), hr_ + (g * blocks_ + b) * n * hr_steps_);
       }
-      Range mine = share(f_.B, threads, rank);
+      Range mine = share(f_.B, split_.threads(), rank);
       for (int64_t i = mine.begin; i < mine.end; i++) start_row(g, i);
     }
   }

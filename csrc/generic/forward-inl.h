@@ -20,8 +20,9 @@ class ForwardScan {
     projected_ = f.weights[0].w_hr != nullptr;
     blocks_ = ceil_div(f.H, n);
     out_blocks_ = ceil_div(f.P, n);
-    split_ = Split::choose(max_threads, f.N, f.B, blocks_, G * f.H * f.P * int64_t(sizeof(W)), f.lengths != nullptr);
-    pack_hh_ = f.B > 1 && f.S >= 4 * f.B;
+    split_ = Split::choose(f, max_threads, blocks_, G * f.H * f.P, f.gx ? 0 : G * f.H * f.I, G * f.H * f.P * int64_t(sizeof(W)));
+    pack_hh_ = f.T >= 4 && f.S >= 16;
+    if (getenv("RK_PACK")) pack_hh_ = atoi(getenv("RK_PACK"));
     pack_ih_ = !f.gx && f.S >= 24;
     h_stride_ = ceil_div(f.P, M::kStep) * M::kStep;
     m_stride_ = ceil_div(f.H, M::kStep) * M::kStep;
@@ -81,18 +82,16 @@ class ForwardScan {
   // ---- packing and initial states, by all threads ----------------------------------------------------------------
 
   void prepare(int rank) {
-    int threads = split_.threads();
-    int64_t unit = 0;
     for (int64_t g = 0; g < f_.N; g++) {
       for (int col = 0; col < split_.cols; col++) {
         Range own = share(blocks_, split_.cols, col), out = share(out_blocks_, split_.cols, col);
         for (int64_t b = own.begin; b < own.end; b += kUnits)
-          if (unit++ % threads == rank) pack_gates(g, b, own.take(b, kUnits));
+          if (split_.packer(g, col, b / kUnits) == rank) pack_gates(g, b, own.take(b, kUnits));
         if (pack_hh_ && projected_)
           for (int64_t b = out.begin; b < out.end; b += 4)
-            if (unit++ % threads == rank) pack_projection(g, b, out.take(b, 4));
+            if (split_.packer(g, col, b / 4) == rank) pack_projection(g, b, out.take(b, 4));
       }
-      Range mine = share(f_.B, threads, rank);
+      Range mine = share(f_.B, split_.threads(), rank);
       for (int64_t i = mine.begin; i < mine.end; i++) enter_row(g, i);
     }
   }
@@ -232,7 +231,10 @@ class ForwardScan {
   void advance(const Job& job, int64_t t, int64_t count, int64_t base, int parity) {
     alignas(64) CT gh[kMaxTile * kUnits * G * n];
     const A* a[kMaxTile];
-    for (int64_t b = job.own.begin; b < job.own.end; b += kUnits) {
+    // Back and forth: what the last step read last is still in the nearest cache.
+    int64_t panels = ceil_div(job.own.size(), kUnits);
+    for (int64_t p = 0; p < panels; p++) {
+      int64_t b = job.own.begin + (parity ? panels - 1 - p : p) * kUnits;
       int units = job.own.take(b, kUnits);
       int64_t at = (job.g * blocks_ + b) * G * n, tiles = ceil_div(count, max_rows(units * G));
       const CT* gx = f_.gx ? nullptr : job.gx + (b - job.own.begin) * G * n * chunk_rows_ + base * units * G * n;

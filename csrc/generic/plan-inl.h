@@ -32,23 +32,34 @@ struct Split {
 
   // Both directions at once where the threads allow it, no barrier then being needed; then columns, so that every thread
   // keeps its share of the weights in its own cache; rows where there are fewer columns than threads, or where all the
-  // weights fit a private cache and there are full tiles of rows for everyone.
-  static Split choose(int threads, int64_t N, int64_t B, int64_t column_blocks, int64_t weight_bytes, bool ragged) {
+  // weights fit a private cache and there are full tiles of rows for everyone. `products` is the multiplications of one
+  // row in one step of one group, `ahead` those of its input projection.
+  static Split choose(const Scan& call, int threads, int64_t column_blocks, int64_t products, int64_t ahead, int64_t weight_bytes) {
     Split s;
+    bool ragged = call.lengths != nullptr;
+    int64_t rows = call.B < 2 ? 2 : call.B;  // one row is bound by the weights' bytes: it takes as long as two
+    if (call.T * rows * call.N * (products + ahead) < kWorthARegion) threads = 1;
     for (int g = threads; g >= 1; g--)
-      if (threads % g == 0 && N % g == 0) {
+      if (threads % g == 0 && call.N % g == 0) {
         s.groups = g;
         break;
       }
     s.cols = threads / s.groups;
-    while (!ragged && s.cols % 2 == 0 && B / (2 * s.rows) >= 4 &&
-           (s.cols > column_blocks || (weight_bytes <= kPrivateCache && B / (2 * s.rows) >= 12))) {
+    while (!ragged && s.cols % 2 == 0 && call.B / (2 * s.rows) >= 4 &&
+           (s.cols > column_blocks || (weight_bytes <= kPrivateCache && call.B / (2 * s.rows) >= 12))) {
       s.cols /= 2;
       s.rows *= 2;
     }
     if (s.cols > column_blocks) s.cols = int(column_blocks);
+    if (call.T > 1)
+      while (s.cols > 1 && rows / s.rows * products / s.cols < kWorthABarrier) s.cols /= 2;
     return s;
   }
+
+  static constexpr int64_t kWorthARegion = 600 * 1000;   // about 10 us on one core
+  static constexpr int64_t kWorthABarrier = 50 * 1000;   // about 1 us: a barrier and the other threads' share of h
+  // Who packs panel `index` of share `col` of group g: a thread that will read it, so that it starts out in its cache.
+  int packer(int64_t g, int col, int64_t index) const { return int((g % groups * rows + index % rows) * cols + col); }
 
   static constexpr int64_t kPrivateCache = 400 * 1024;
 };
