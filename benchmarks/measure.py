@@ -18,7 +18,7 @@ from benchmarks.problem import Problem, Side, Unavailable, module_side
 
 # An engine that runs ONNX may approximate its activations; further off than this it computes something else.
 FOREIGN = {"fp32": 1e-3, "bf16": 5e-2}
-PAUSE = 0.004  # s between two sides, in which thread pools stop spinning and leave the cores to the next one
+SLICE = 0.002  # s
 
 
 class Wrong(Exception):
@@ -88,6 +88,19 @@ def mode(case: Case) -> Iterator[None]:
         yield
 
 
+def settle() -> None:
+    """Waits until this process is idle, a quarter of a second at most.
+
+    Thread pools spin on after a call, OpenMP's for milliseconds, ONNX Runtime's for fifty, and would take the cores
+    from the side that comes next.
+    """
+    quiet, end = 0, time.perf_counter() + 0.25
+    while quiet < 2 and time.perf_counter() < end:
+        used = time.process_time()
+        time.sleep(SLICE)
+        quiet = quiet + 1 if time.process_time() - used < SLICE / 8 else 0
+
+
 def _seconds(call: Callable[[], object], calls: int) -> float:
     start = time.perf_counter()
     for _ in range(calls):
@@ -96,9 +109,10 @@ def _seconds(call: Callable[[], object], calls: int) -> float:
 
 
 def interleave(mine: Side, peer: Side, protocol: Protocol) -> Timing:
-    """Rounds of A B, each side after a pause and a call that is not timed; the ratio is taken within a round."""
+    """Rounds of A B, each side on an idle machine and after a call that is not timed; the ratio is a round's own."""
     sides, calls = (mine, peer), []
     for side in sides:
+        settle()
         single = _seconds(side.call, 2)  # warms up
         single = min(single, _seconds(side.call, 1 if single > 0.1 else 3))
         calls.append(max(1, round(protocol.batch / single)))
@@ -110,7 +124,7 @@ def interleave(mine: Side, peer: Side, protocol: Protocol) -> Timing:
         while len(times) < protocol.rounds and (len(times) < protocol.least_rounds or time.perf_counter() < end):
             pair = []
             for side, count in zip(sides, calls, strict=True):
-                time.sleep(PAUSE)
+                settle()
                 if count > 1:
                     side.call()
                 pair.append(_seconds(side.call, count))
