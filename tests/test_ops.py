@@ -16,6 +16,7 @@ from rnnkern import _ops
 from rnnkern.backends.base import ScanSpec
 from rnnkern.cells import CELLS
 
+CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 PROJECTED = [(cell, None) for cell in CELLS] + [("lstm", 2)]
 
 
@@ -60,7 +61,10 @@ def test_opcheck(cell, P, kind, backend):
     call = calls(cell, P)[kind].skip_if_refused(backend)
     opcheck(_ops.scan_backward, backward_arguments(call, backend))
     for save in ("all", "states", "none"):
-        opcheck(_ops.scan_forward, forward_arguments(call, backend, save))
+        # Planes past a length are whatever was there, and two runs compared would differ in them.
+        undefined = save == "all" and call.lengths is not None and call.offsets is None
+        checks = [name for name in CHECKS if not (undefined and name == "test_aot_dispatch_dynamic")]
+        opcheck(_ops.scan_forward, forward_arguments(call, backend, save), test_utils=checks)
     opcheck(_ops.scan_backward, backward_arguments(call, backend, dseq=False), test_utils="test_faketensor")
 
 
@@ -144,7 +148,7 @@ def test_compile_of_everything():
 
 
 def test_compile_with_dynamic_lengths():
-    """One graph serves every T and B."""
+    """One graph serves every T and B. No two sizes are equal, or Dynamo would take them for one."""
     torch._dynamo.reset()
     call = random_call("gru", T=4, B=3)
     graphs = []
@@ -158,7 +162,7 @@ def test_compile_with_dynamic_lengths():
         return replace(call, x=rows, states=(h,), T=x.shape[0], B=x.shape[1]).run("reference")[0]
 
     compiled = torch.compile(run, fullgraph=True, backend=counting, dynamic=True)
-    for T, B in ((4, 3), (7, 2), (5, 6)):
+    for T, B in ((9, 7), (11, 3), (6, 13)):
         x, h = torch.randn(T, B, 2, dtype=torch.float64), torch.randn(2, B, 4, dtype=torch.float64)
         check(compiled(x, h), run(x, h), run(x, h), f"{T=} {B=}")
     assert len(graphs) == 1
