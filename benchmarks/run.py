@@ -9,6 +9,7 @@ import argparse
 import csv
 import datetime
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -121,6 +122,8 @@ def main() -> int:
         "threads": args.threads,
     }
     say(f"{constants['cpu']}, torch {torch.__version__}, commit {constants['commit']}, {len(chosen)} cases")
+    if hasattr(os, "getloadavg") and os.getloadavg()[0] > machine.cores() / 2:
+        say(f"warning: the machine is busy (load {os.getloadavg()[0]:.1f}): what follows are no results to keep")
     rates = None if args.no_floors else machine.calibrate(args.threads)
     if rates is not None:
         say(machine.describe(rates))
