@@ -19,7 +19,7 @@ from rnnkern.cells.gru.numba_step import step as gru_step
 from rnnkern.cells.gru.numba_step import step_backward as gru_step_backward
 from rnnkern.cells.lstm.numba_step import step as lstm_step
 from rnnkern.cells.lstm.numba_step import step_backward as lstm_step_backward
-from rnnkern.cells.numba_math import FAST
+from rnnkern.cells.numba_math import EXACT, FAST
 from rnnkern.cells.rnn.numba_step import relu_step, relu_step_backward, tanh_step, tanh_step_backward
 
 CELL_IDS = {"rnn_tanh": 0, "rnn_relu": 1, "lstm": 2, "gru": 3}
@@ -115,7 +115,7 @@ def _add_row(a, w, out, first, last):  # type: ignore[no-untyped-def]
         k += 1
 
 
-@njit(error_model="numpy")
+@njit(**EXACT)
 def _store(source, target, rounding):  # type: ignore[no-untyped-def]
     """target = source as the storage dtype holds it (nearest, ties to even): what is fed back is what y says."""
     if rounding == 0:

@@ -13,13 +13,14 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
-# Contraction only: `reassoc` would fold the two-part ln2 and the rounding shift away.
-_EXACT: dict[str, Any] = {"fastmath": {"contract"}, "error_model": "numpy"}
+# Contraction only: `reassoc` would fold the two-part ln2 and the rounding shifts away. Said explicitly, for a function
+# without flags takes those of its caller.
+EXACT: dict[str, Any] = {"fastmath": {"contract"}, "error_model": "numpy"}
 # NaN and Inf must survive, so neither nnan nor ninf.
 FAST: dict[str, Any] = {"fastmath": {"contract", "reassoc", "arcp", "nsz"}, "error_model": "numpy"}
 
 
-@njit(**_EXACT)
+@njit(**EXACT)
 def _scaled32(x):  # type: ignore[no-untyped-def]
     """(2^n, 2^n (e^r - 1)) of x <= 0; below -87, where 2^n would leave the normal range, as of -87."""
     z = np.float32(-87.0) if x < np.float32(-87.0) else x
@@ -38,7 +39,7 @@ def _scaled32(x):  # type: ignore[no-untyped-def]
     return scale, scale * (p * r * r + r)
 
 
-@njit(**_EXACT)
+@njit(**EXACT)
 def _scaled64(x):  # type: ignore[no-untyped-def]
     """The same in fp64; the limit is -708."""
     z = -708.0 if x < -708.0 else x
@@ -75,7 +76,7 @@ def _choose(x):  # type: ignore[no-untyped-def]
     return lambda x: _scaled64(x)
 
 
-@njit(**_EXACT)
+@njit(**EXACT)
 def sigmoid(x):  # type: ignore[no-untyped-def]
     one, zero = type(x)(1), type(x)(0)
     scale, rest = _scaled(-abs(x))
@@ -84,7 +85,7 @@ def sigmoid(x):  # type: ignore[no-untyped-def]
     return e * s if x < zero else s
 
 
-@njit(**_EXACT)
+@njit(**EXACT)
 def tanh(x):  # type: ignore[no-untyped-def]
     scale, rest = _scaled(type(x)(-2) * abs(x))
     e = rest + (scale - type(x)(1))  # expm1: no cancellation near 0
