@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -105,7 +106,7 @@ class CharacterModel(nn.Module):
         self.rnn = rnn
         self.head = nn.Linear(rnn.hidden_size, characters)
 
-    def forward(self, x: Tensor, state=None):  # x [T, B]
+    def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:  # x [T, B]
         y, state = self.rnn(self.embedding(x), state)
         return self.head(y), state
 

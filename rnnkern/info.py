@@ -25,10 +25,10 @@ def plain_call(
     """The scan of a plain one-layer call, as far as a choice of backend looks at it: gx has no memory."""
     spec = CELLS[cell]
     gates = len(spec.gates)
-    kind = {"dtype": dtype, "device": torch.device(device)}
-    gx = torch.empty((), **kind).expand(T * B, 1, gates * H)
-    states = tuple(torch.empty(1, B, H, **kind) for _ in spec.states)
-    params = ((torch.empty(gates * H, H, **kind), torch.empty(gates * H, **kind)),)
+    number = torch.empty((), dtype=dtype, device=device)
+    gx = number.expand(T * B, 1, gates * H)
+    states = tuple(number.new_empty(1, B, H) for _ in spec.states)
+    params = ((number.new_empty(gates * H, H), number.new_empty(gates * H)),)
     return ScanInputs(ScanSpec(cell, (False,), ("w_hh", "b_hh")), T, B, gx, states, params)
 
 
@@ -41,7 +41,7 @@ def chosen(inputs: ScanInputs) -> tuple[str, str]:
         if inputs.gx.device.type != "cpu":
             return "torch", f"there is no scan backend for {inputs.gx.device.type}"
         return "torch", f"torch's own kernel is faster than what is left without cpp ({dispatch.unavailable('cpp')})"
-    refusals = []
+    refusals: list[str] = []
     for name, reasons in dispatch.explain(inputs).items():
         if not reasons:
             return name, "; ".join(refusals) or "the first in the list, and it has no objection"
