@@ -124,8 +124,11 @@ def layer(
     if transformed and _forward_levels() > 1:  # torch would take a Function's jvp for a constant there
         out = _reference(plan, T, B, x, tuple(tensors[1:]))[1]
         return out.y, out.final, out.seq if keep_states else ()
-    function = Layer if compiling else LayerWithTangents
-    outputs = function.apply(plan, backend, T, B, *tensors)
+    if compiling:  # without a gradient Dynamo takes a forward with *args for one that wants a context
+        run = Layer.apply if graded else Layer.forward
+    else:
+        run = LayerWithTangents.apply
+    outputs = run(plan, backend, T, B, *tensors)
     return outputs[0], outputs[1 : 1 + K], outputs[1 + K : 2 * K] if keep_states else ()
 
 
