@@ -39,7 +39,9 @@ def chosen(inputs: ScanInputs) -> tuple[str, str]:
         return asked, "asked for with use_backend"
     if dispatch.wants_torch(inputs.gx.device, inputs.gx.dtype, inputs.spec.cell, inputs.B, packed=False):
         if inputs.gx.device.type != "cpu":
-            return "torch", f"there is no scan backend for {inputs.gx.device.type}"
+            return "torch", f"there is no fast scan backend for {inputs.gx.device.type}"
+        if inputs.gx.dtype not in dispatch.DTYPES:
+            return "torch", f"no scan backend has {inputs.gx.dtype}"
         return "torch", f"torch's own kernel is faster than what is left without cpp ({dispatch.unavailable('cpp')})"
     refusals: list[str] = []
     for name, reasons in dispatch.explain(inputs).items():
