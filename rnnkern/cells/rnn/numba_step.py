@@ -35,6 +35,6 @@ def tanh_step_backward(dm, drest, planes, h, rest, dgx, dgh, dh):  # type: ignor
 
 @njit(**FAST)
 def relu_step_backward(dm, drest, planes, h, rest, dgx, dgh, dh):  # type: ignore[no-untyped-def]
-    a, zero, one = planes[0], dm.dtype.type(0), dm.dtype.type(1)
+    a, zero = planes[0], dm.dtype.type(0)
     for j in range(dm.shape[0]):
-        dgx[j] = dm[j] * (zero if a[j] <= zero else one)
+        dgx[j] = zero if a[j] <= zero else dm[j]  # not dm * 0: as in torch, a NaN ends at a dead unit
