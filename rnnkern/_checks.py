@@ -75,11 +75,6 @@ def alike(input: Tensor, others: Sequence[Tensor], name: str, dtype: bool) -> No
             )
 
 
-def floating(input: Tensor) -> None:
-    if input.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        raise ValueError(f"expected float32, float64, bfloat16 or float16 input and weights, got {input.dtype}")
-
-
 def weights(
     params: Sequence[Tensor], gates: int, bias: bool, layers: int, directions: int, may_project: bool
 ) -> tuple[int, int, int, int]:
@@ -179,17 +174,13 @@ def reset_state(given: tuple[Tensor, ...], sizes: tuple[tuple[int, int, int], ..
             )
 
 
-def cell(
-    title: str, input: Tensor, hx: tuple[Tensor, ...] | None, w_ih: Tensor, w_hh: Tensor, autocast: bool
-) -> None:
+def cell(title: str, input: Tensor, hx: tuple[Tensor, ...] | None, w_ih: Tensor, w_hh: Tensor, autocast: bool) -> None:
     """Sizes, devices and dtypes of one step's tensors, batch dimension there."""
     if input.size(1) != w_ih.size(1):
         raise RuntimeError(f"input has inconsistent input_size: got {input.size(1)} expected {w_ih.size(1)}")
     for index, h in enumerate(hx or ()):
         if h.size(0) != input.size(0):
-            raise RuntimeError(
-                f"Input batch size {input.size(0)} doesn't match hidden{index} batch size {h.size(0)}"
-            )
+            raise RuntimeError(f"Input batch size {input.size(0)} doesn't match hidden{index} batch size {h.size(0)}")
         if h.dim() == 1 or h.size(1) != w_hh.size(1):
             got = h.size(min(1, h.dim() - 1))
             raise RuntimeError(f"hidden{index} has inconsistent hidden_size: got {got}, expected {w_hh.size(1)}")

@@ -52,8 +52,15 @@ def boundaries(reset: Tensor, D: int, batch_sizes: Tensor | None, lengths: Tenso
     return torch.stack([reset.reshape(-1), later.reshape(-1)], 1)
 
 
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The dtype of the autocast region that tensors of this device type are in; None: in none."""
+    if not torch._C._is_any_autocast_enabled() or not torch.amp.is_autocast_available(device):
+        return None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
 def autocast_dtypes(
-    cell: str, input: Tensor, hx: States | None, packed: bool, proj: bool, step: bool = False
+    low: torch.dtype, cell: str, input: Tensor, hx: States | None, packed: bool, proj: bool, step: bool = False
 ) -> tuple[torch.dtype, torch.dtype]:
     """Dtypes of (h, c) that torch's networks give under autocast.
 
@@ -61,11 +68,9 @@ def autocast_dtypes(
     LSTM without projection on dense input; elsewhere only the products are cast, and pointwise operations promote to
     the dtype of the states, which with the default states is the input's. A projection is a product: h is cast, c not.
     """
-    device = input.device.type
-    low = torch.get_autocast_dtype(device)
     if input.dtype == torch.float64:
         return input.dtype, input.dtype
-    if device != "cpu" or cell.startswith("rnn") or (cell == "lstm" and not (packed or proj or step)):
+    if input.device.type != "cpu" or cell.startswith("rnn") or (cell == "lstm" and not (packed or proj or step)):
         return low, low
     wide = torch.promote_types(low, (hx[-1] if hx else input).dtype)
     return (low, wide) if proj else (wide, wide)

@@ -17,6 +17,7 @@ from rnnkern.backends.base import Backend, ScanInputs
 
 ORDER = ("cpp", "numba", "reference")
 NAMES = (*ORDER, "torch")
+DTYPES = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))  # those of the scan backends
 
 
 class _Slot:
@@ -48,7 +49,7 @@ def _load(name: str) -> str:
     return slot.reason
 
 
-# What torch.compiler.assume_constant_result sets, which would import all of Dynamo here: a trace must not enter imports.
+# A trace must not enter imports. torch.compiler.assume_constant_result does this, and would import all of Dynamo here.
 _load._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -162,13 +163,15 @@ def choose(inputs: ScanInputs) -> str:
 def wants_torch(device: torch.device, dtype: torch.dtype, cell: str, batch: int, packed: bool) -> bool:
     """Whether torch's own kernel should take this call: asked for, or better than the scan backends that are there.
 
-    Automatic choice takes it on devices without a fast scan backend, and on a CPU without the C++ extension where it
-    is faster than what is left.
+    Automatic choice takes it on devices without a fast scan backend, for dtypes that no scan backend has, and on a CPU
+    without the C++ extension where it is faster than what is left.
     """
     name = _choice.requested
     if name is not None:
         return name == "torch"
-    return device.type != "cpu" or (unavailable("cpp") is not None and _torch_is_faster(dtype, cell, batch, packed))
+    if device.type != "cpu" or dtype not in DTYPES:
+        return True
+    return unavailable("cpp") is not None and _torch_is_faster(dtype, cell, batch, packed)
 
 
 def may_torch(refused: str) -> bool:

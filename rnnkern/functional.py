@@ -211,7 +211,7 @@ def run(
             reset = None if reset is None else reset.unsqueeze(-1)
             reset_state = reset_state and tuple(h.unsqueeze(1) for h in reset_state)
     gates = len(CELLS[cell].gates)
-    I, H, P, per = _checks.weights(params, gates, bias, num_layers, D, two)  # noqa: E741
+    I, H, P, per = _checks.weights(params, gates, bias, num_layers, D, two)
     proj = per % 2 == 1
     _checks.input_like_weight(input, params[0], packed)
     if packed:
@@ -224,18 +224,18 @@ def run(
     _checks.steps(T)
     widths = (P, H) if two else (P,)
     sizes = tuple((num_layers * D, B, width) for width in widths)
-    autocast = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(input.device.type)
+    low = _layouts.autocast_dtype(input.device.type)
     if hx is not None:
         _checks.state_sizes(hx, sizes)
-        _checks.alike(input, hx, "hidden", not autocast)
-    _checks.alike(input, params, "parameter", not autocast)
+        _checks.alike(input, hx, "hidden", low is None)
+    _checks.alike(input, params, "parameter", low is None)
     if lengths is not None:
         lengths = _checks.lengths(lengths, T, B, input.device, packed, batched)
     if reset is not None:
         _checks.reset(reset, input.shape[:-1], input.device)
         if reset_state is not None:
             _checks.reset_state(reset_state, sizes)
-            _checks.alike(input, reset_state, "reset_state", not autocast)
+            _checks.alike(input, reset_state, "reset_state", low is None)
     elif reset_state is not None:
         raise ValueError("reset_state: only together with reset, the mask that says where it is used")
 
@@ -255,8 +255,8 @@ def run(
             return (y, final, ()) if batched else (y.squeeze(1), tuple(h.squeeze(1) for h in final), ())
 
     dtypes = tuple(input.dtype for _ in widths)
-    if autocast:
-        dtypes = _layouts.autocast_dtypes(cell, input, hx, packed, proj)
+    if low is not None:
+        dtypes = _layouts.autocast_dtypes(low, cell, input, hx, packed, proj)
         input, hx, params, reset_state = _layouts.cast(dtypes[0], input, hx, params, reset_state)
     x = (input.transpose(0, 1) if batch_first else input).reshape(-1, I)
     if reset is not None:
@@ -264,17 +264,15 @@ def run(
     offsets = None
     if packed:
         offsets, lengths = _layouts.packed(batch_sizes, B, input.device)
-    if autocast:
+    arguments = (
+        cell, x, hx, params, per, bias, num_layers, dropout if training else 0.0, D, T, sizes,
+        offsets, lengths, reset, reset_state, return_states, backend,
+    )  # fmt: skip
+    if low is not None:
         with torch.autocast(input.device.type, enabled=False):
-            y, final, states = stack(
-                cell, x, hx, params, per, bias, num_layers, dropout if training else 0.0, D, T, sizes,
-                offsets, lengths, reset, reset_state, return_states, backend,
-            )  # fmt: skip
+            y, final, states = stack(*arguments)
     else:
-        y, final, states = stack(
-            cell, x, hx, params, per, bias, num_layers, dropout if training else 0.0, D, T, sizes,
-            offsets, lengths, reset, reset_state, return_states, backend,
-        )  # fmt: skip
+        y, final, states = stack(*arguments)
     if two and final[1].dtype != dtypes[1]:
         final = (final[0], final[1].to(dtypes[1]))
 
@@ -348,16 +346,16 @@ def run_cell(
     b_hh: Tensor | None,
 ) -> States:  # fmt: skip
     """One step of a cell module: (h,) or (h, c). A scan with T=1 on the same backends."""
-    autocast = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(input.device.type)
+    low = _layouts.autocast_dtype(input.device.type)
     batched = input.dim() == 2
     if not batched:
         input = input.unsqueeze(0)
         hx = hx and tuple(h.unsqueeze(0) for h in hx)
-    _checks.cell(title, input, hx, w_ih, w_hh, autocast)
+    _checks.cell(title, input, hx, w_ih, w_hh, low is not None)
     weights = (w_ih, w_hh) if b_ih is None or b_hh is None else (w_ih, w_hh, b_ih, b_hh)
-    _checks.alike(input, weights, "parameter", not autocast)
+    _checks.alike(input, weights, "parameter", low is None)
     if hx is not None:
-        _checks.alike(input, hx, "hidden", not autocast)
+        _checks.alike(input, hx, "hidden", low is None)
     B, H = input.size(0), w_hh.size(1)
     two = cell == "lstm"
     if dispatch.wants_torch(input.device, input.dtype, cell + "_cell", B, False):
@@ -367,13 +365,13 @@ def run_cell(
         final = torch_kernels.step(cell, input, hx, w_ih, w_hh, b_ih, b_hh)
         return final if batched else tuple(h.squeeze(0) for h in final)
     dtypes = (input.dtype, input.dtype)
-    if autocast:
-        dtypes = _layouts.autocast_dtypes(cell, input, hx, False, False, True)
+    if low is not None:
+        dtypes = _layouts.autocast_dtypes(low, cell, input, hx, False, False, True)
         input, hx, weights, _ = _layouts.cast(dtypes[0], input, hx, weights, None)
     hx = hx and tuple(h.unsqueeze(0) for h in hx)
     sizes = ((1, B, H), (1, B, H)) if two else ((1, B, H),)
     arguments = (cell, input, hx, weights, len(weights), len(weights) == 4, 1, 0.0, 1, 1, sizes)
-    if autocast:
+    if low is not None:
         with torch.autocast(input.device.type, enabled=False):
             y, final, _ = stack(*arguments)
     else:

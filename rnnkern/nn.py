@@ -416,7 +416,7 @@ def _sequence(
         hx = hx and _permuted(module, hx, order, batch, "hidden")
         if reset_state is not None and reset_state[0].size(1) != 1:
             reset_state = _permuted(module, reset_state, order, batch, "reset_state")
-    if data.is_cuda:
+    if weights[0].is_cuda:
         module._update_flat_weights()  # cuDNN wants the weights in one piece; replaced ones are laid out again
     y, final, states = functional.run(
         cell, data, hx, weights, module.bias, module.num_layers, module.dropout, module.training,

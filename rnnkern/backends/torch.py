@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rnnkern import dispatch
+from rnnkern import _layouts, dispatch
 
 
 class Call(NamedTuple):
@@ -62,15 +62,12 @@ def call(
     """(output, final states) of a checked call, from the arguments as the caller gave them, batch dimension there."""
     if hx is None:
         hx = tuple(input.new_zeros(size) for size in sizes)
-    device = input.device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    autocast = _layouts.autocast_dtype(input.device.type)
     if not training or num_layers == 1:
         dropout = 0.0
     tensors = (input, *(h.contiguous() for h in hx), *params)
     needed = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    how = Call(
-        cell, bias, num_layers, dropout, training or needed, bidirectional, batch_first, batch_sizes, autocast
-    )
+    how = Call(cell, bias, num_layers, dropout, training or needed, bidirectional, batch_first, batch_sizes, autocast)
     y, *final = Whole.apply(how, *tensors) if needed else _kernel(how, tensors)
     return y, tuple(final)
 
