@@ -40,6 +40,11 @@ class Plan:
         return sum(self.present) + len(self.cell.states) + self.resets + len(self.spec.noise)
 
     @property
+    def differentiable(self) -> int:
+        """y, final and seq: the outputs that have gradients come first."""
+        return 2 * len(self.cell.states)
+
+    @property
     def per_group(self) -> int:
         return 1 + self.bias + len(self.spec.params)
 

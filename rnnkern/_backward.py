@@ -1,0 +1,160 @@
+"""The layer's first derivatives, and as functions of their own arguments the derivatives of those."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rnnkern import _ops, dispatch
+from rnnkern._fold import Fold, Mapped, one_by_one, sample
+from rnnkern._plan import Plan, shape_only
+from rnnkern._run import real, run_reference, scan_arguments, unwatched
+from rnnkern._weights import layer_gradients
+from rnnkern.backends.base import ScanGrads, ScanOutputs
+from rnnkern.backends.reference import BACKEND as REFERENCE
+
+
+def tangents_of(
+    f: Callable[..., tuple[Tensor, ...]], primals: Sequence[Tensor], tangents: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
+    """J v, as the derivative of J^T u with respect to u: reverse mode only, so it nests within any other transform."""
+    moving = [i for i, t in enumerate(tangents) if t is not None]
+
+    def along(*values: Tensor) -> tuple[Tensor, ...]:
+        full = list(primals)
+        for i, value in zip(moving, values, strict=True):
+            full[i] = value
+        return f(*full)
+
+    out, transposed = torch.func.vjp(along, *(primals[i] for i in moving))
+    _, pushed = torch.func.vjp(lambda *u: transposed(u), *(torch.zeros_like(o) for o in out))
+    return pushed(tuple(tangents[i] for i in moving))
+
+
+class LayerBackward(torch.autograd.Function):
+    """The layer's gradients: (plan, backend, T, B, wanted, count, *d, *outputs, *inputs) -> one per input or None.
+
+    `d` are dy, dfinal and dseq, `outputs` y, seq, planes and hidden, `inputs` the layer's `count` tensors, of which
+    `wanted` says whose gradients are asked for.
+    """
+
+    @staticmethod
+    def forward(
+        plan: Plan, backend: str, T: int, B: int, wanted: tuple[bool, ...], count: int, *tensors: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        d, (y, *seq, planes, hidden), (x, *rest) = parts(plan, count, tensors)
+        args, K = tuple(rest), len(plan.cell.states)
+        w_ih, _ = plan.projection(args)
+        inputs = plan.inputs(T, B, shape_only(y, y.shape[0], len(w_ih), w_ih[0].shape[0]), args)
+        direct = unwatched() and real(tensors)
+        if direct:
+            outputs = ScanOutputs(y, (), tuple(seq), planes, hidden)
+            grads = dispatch.backend(backend).backward(inputs, outputs, d[0], d[1 : 1 + K], d[1 + K :])
+        else:
+            flat = _ops.scan_backward(
+                plan.text, backend, T, B, list(d), y, seq, planes, hidden, *scan_arguments(inputs)
+            )
+            at = 4 + K + plan.resets
+            small = _ops.by_group(flat[at:], len(w_ih))
+            grads = ScanGrads(*flat[:4], tuple(flat[4 : 4 + K]), tuple(flat[4 + K : at]), small)
+        return tuple(layer_gradients(plan, inputs, x, w_ih, y, hidden, grads, wanted, in_place=direct))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+        ctx.plan, _, ctx.T, ctx.B, _, ctx.count = inputs[:6]
+        ctx.given = tuple(v is not None for v in output)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[6:])
+        ctx.save_for_forward(*inputs[6:])
+
+    @staticmethod
+    def _recomputed(
+        ctx: Any, asked: Sequence[bool]
+    ) -> tuple[Callable[..., tuple[Tensor, ...]], list[Tensor], list[int]]:
+        """The asked gradients as a differentiable function of d and of the layer's floating-point inputs.
+
+        The forward is part of it: what the outputs saved for the backward contribute comes in through the inputs.
+        Returns the function, its arguments, and where among the tensors of `forward` each of those stands.
+        """
+        plan, T, B, count, tensors = ctx.plan, ctx.T, ctx.B, ctx.count, ctx.saved_tensors
+        k, inputs_at, K = plan.differentiable, len(tensors) - count, len(plan.cell.states)
+        places = [i for i in range(k) if tensors[i].dim() > 1]
+        places += [i for i in range(inputs_at, len(tensors)) if tensors[i].is_floating_point()]
+
+        def gradients(*values: Tensor) -> tuple[Tensor, ...]:
+            full = list(tensors)
+            for i, value in zip(places, values, strict=True):
+                full[i] = value
+            d, _, (x, *rest) = parts(plan, count, full)
+            args = tuple(rest)
+            inputs, out = run_reference(plan, T, B, x, args)
+            grads = REFERENCE.backward(inputs, out, d[0], d[1 : 1 + K], d[1 + K :])
+            w_ih, _ = plan.projection(args)
+            found = layer_gradients(plan, inputs, x, w_ih, out.y, out.hidden, grads, asked, in_place=False)
+            return tuple(v for v in found if v is not None)
+
+        return gradients, [tensors[i] for i in places], places
+
+    @staticmethod
+    def backward(ctx: Any, *g: Tensor | None) -> tuple[Any, ...]:
+        result: list[Tensor | None] = [None] * len(ctx.saved_tensors)
+        asked = [v is not None and given for v, given in zip(g, ctx.given, strict=True)]
+        if any(asked):
+            function, arguments, places = LayerBackward._recomputed(ctx, asked)
+            _, back = torch.func.vjp(function, *arguments)
+            found = back(tuple(v for v, there in zip(g, asked, strict=True) if there))
+            for i, value in zip(places, found, strict=True):
+                result[i] = value
+        return None, None, None, None, None, None, *result
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
+        function, arguments, places = LayerBackward._recomputed(ctx, ctx.given)
+        moved = iter(tangents_of(function, arguments, [tangents[6 + i] for i in places]))
+        return tuple(next(moved) if given else None for given in ctx.given)
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[Any, ...],
+        plan: Plan,
+        backend: str,
+        T: int,
+        B: int,
+        wanted: tuple[bool, ...],
+        count: int,
+        *tensors: Tensor,
+    ) -> Mapped:
+        n, dims = info.batch_size, in_dims[6:]
+        at, k = len(tensors) - count, plan.differentiable
+        # Sums that the scan makes itself are over all rows: per sample, each needs its own group.
+        summed = [_ops.has_own_gradient(plan.spec, name) for name in plan.spec.params]
+        fold = Fold(n, plan, T, B, tensors[at:], dims[at:], groups=any(summed))
+        if not fold.possible:
+            return one_by_one(
+                lambda i: LayerBackward.apply(
+                    plan, backend, T, B, wanted, count, *(sample(v, d, i) for v, d in zip(tensors, dims, strict=True))
+                ),
+                n,
+            )
+        K = len(plan.cell.states)
+        kinds = fold.outputs[:k] + fold.outputs[:1] + fold.outputs[1 + K :]
+        outer = [fold.put(v, dim, kind) for v, dim, kind in zip(tensors[:at], dims[:at], kinds, strict=True)]
+        weights = wanted[len(fold.kinds) :]
+        folded, asked = fold.plan, wanted
+        if fold.groups:
+            asked = wanted + weights * (n - 1)
+        else:
+            folded = replace(folded, samples=max(plan.samples, 1) * n)
+        grads = LayerBackward.apply(folded, backend, T, fold.B, asked, len(fold.args), *outer, *fold.args)
+        return fold.split_gradients(grads)
+
+
+def parts(plan: Plan, count: int, tensors: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], ...]:
+    """LayerBackward's tensors: d, outputs, inputs."""
+    k, at = plan.differentiable, len(tensors) - count
+    return tuple(tensors[:k]), tuple(tensors[k:at]), tuple(tensors[at:])

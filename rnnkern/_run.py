@@ -1,0 +1,95 @@
+"""How a planned layer call is executed: on a backend as it is, through the ops, or in plain torch operations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.functional import linear
+
+from rnnkern import dispatch
+from rnnkern._plan import Plan
+from rnnkern.backends.base import ScanInputs, ScanOutputs
+from rnnkern.backends.reference import BACKEND as REFERENCE
+
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def unwatched() -> bool:
+    """Whether nobody traces, transforms or intercepts what runs now: a backend may then be called without an op."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def real(tensors: Sequence[Tensor]) -> bool:
+    """Whether every tensor is one with memory of its own kind and no subclass."""
+    for t in tensors:
+        if type(t) not in PLAIN or t.is_meta:
+            return False
+    return True
+
+
+def forward_levels() -> int:
+    """How many nested forward-mode transforms are active."""
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in stack)
+
+
+def run_forward(
+    name: str,
+    inputs: ScanInputs,
+    x: Tensor,
+    w_ih: tuple[Tensor, ...],
+    b_ih: tuple[Tensor | None, ...],
+    models: int,
+) -> ScanOutputs:
+    """Projection and scan on a backend, without an op. `inputs.gx` is filled in where the backend wants it."""
+    backend = dispatch.backend(name)
+    fused = getattr(backend, "layer_forward", None)
+    if fused is not None:
+        return fused(inputs, x, w_ih, b_ih)
+    inputs.gx = project(x, w_ih, b_ih, models, in_place=True)
+    return backend.forward(inputs)
+
+
+def project(
+    x: Tensor, w_ih: Sequence[Tensor], b_ih: Sequence[Tensor | None], models: int, in_place: bool = False
+) -> Tensor:
+    """gx [S, N, G*H]. `in_place`: the GEMMs write where it lies, which neither autograd nor a transform can follow."""
+    if len(w_ih) == 1:
+        return linear(x[:, 0], w_ih[0], b_ih[0]).unsqueeze(1)
+    directions = len(w_ih) // models
+    if not in_place:
+        return torch.stack(
+            [linear(x[:, n // directions], w, b) for n, (w, b) in enumerate(zip(w_ih, b_ih, strict=True))], 1
+        )
+    gx = x.new_empty(len(w_ih), x.shape[0], w_ih[0].shape[0])
+    for n, (w, b) in enumerate(zip(w_ih, b_ih, strict=True)):
+        if b is None:
+            torch.mm(x[:, n // directions], w.t(), out=gx[n])
+        else:
+            torch.addmm(b, x[:, n // directions], w.t(), out=gx[n])
+    return gx.transpose(0, 1)
+
+
+def run_reference(plan: Plan, T: int, B: int, x: Tensor, args: tuple[Tensor, ...]) -> tuple[ScanInputs, ScanOutputs]:
+    """The layer in plain torch."""
+    w_ih, b_ih = plan.projection(args)
+    inputs = plan.inputs(T, B, project(x, w_ih, b_ih, plan.models), args)
+    return inputs, REFERENCE.forward(inputs)
+
+
+def scan_arguments(inputs: ScanInputs) -> tuple[Any, ...]:
+    """What both ops take last."""
+    flat = [p for group in inputs.params for p in group]
+    states, resets, noise = list(inputs.states), list(inputs.reset_states), list(inputs.noise)
+    return states, flat, inputs.offsets, inputs.lengths, inputs.reset, resets, noise
