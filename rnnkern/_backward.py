@@ -30,8 +30,8 @@ def tangents_of(
             full[i] = value
         return f(*full)
 
-    out, transposed = torch.func.vjp(along, *(primals[i] for i in moving))
-    _, pushed = torch.func.vjp(lambda *u: transposed(u), *(torch.zeros_like(o) for o in out))
+    out, transposed = torch.func.vjp(along, *(primals[i] for i in moving))  # type: ignore[misc]
+    _, pushed = torch.func.vjp(lambda *u: transposed(u), *(torch.zeros_like(o) for o in out))  # type: ignore[misc]
     return pushed(tuple(tangents[i] for i in moving))
 
 
@@ -60,7 +60,9 @@ class LayerBackward(torch.autograd.Function):
             )
             at = 4 + K + plan.resets
             small = _ops.by_group(flat[at:], len(w_ih))
-            grads = ScanGrads(*flat[:4], tuple(flat[4 : 4 + K]), tuple(flat[4 + K : at]), small)
+            grads = ScanGrads(
+                flat[0], flat[1], flat[2], flat[3], tuple(flat[4 : 4 + K]), tuple(flat[4 + K : at]), small
+            )
         return tuple(layer_gradients(plan, inputs, x, w_ih, y, hidden, grads, wanted, in_place=direct))
 
     @staticmethod
@@ -105,7 +107,7 @@ class LayerBackward(torch.autograd.Function):
         asked = [v is not None and given for v, given in zip(g, ctx.given, strict=True)]
         if any(asked):
             function, arguments, places = LayerBackward._recomputed(ctx, asked)
-            _, back = torch.func.vjp(function, *arguments)
+            _, back = torch.func.vjp(function, *arguments)  # type: ignore[misc]
             found = back(tuple(v for v, there in zip(g, asked, strict=True) if there))
             for i, value in zip(places, found, strict=True):
                 result[i] = value

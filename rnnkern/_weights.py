@@ -158,7 +158,7 @@ def _d_input(dgx: Tensor, w_ih: Sequence[Tensor], models: int, in_place: bool) -
     directions = len(w_ih) // models
     columns = []
     for m in range(models):
-        total = dgx[:, m * directions] @ w_ih[m * directions]
+        total = torch.mm(dgx[:, m * directions], w_ih[m * directions])
         for n in range(m * directions + 1, (m + 1) * directions):
             total = _add_product(total, dgx[:, n], w_ih[n], in_place)
         columns.append(total)
@@ -172,20 +172,20 @@ def _d_recurrent(dprod: Tensor, entering: Entering, n: int, samples: int) -> Ten
     y, h0, B = entering.y[:, n], entering.inputs.states[0][n], entering.inputs.B
     reach = dprod.shape[0] - B
     if reach <= 0:
-        return dprod.t() @ h0
+        return torch.mm(dprod.t(), h0)
     if entering.inputs.spec.reverse[n]:
-        return _add_product(dprod[:reach].t() @ y[B:], dprod[reach:].t(), h0, entering.in_place)
-    return _add_product(dprod[B:].t() @ y[:reach], dprod[:B].t(), h0, entering.in_place)
+        return _add_product(torch.mm(dprod[:reach].t(), y[B:]), dprod[reach:].t(), h0, entering.in_place)
+    return _add_product(torch.mm(dprod[B:].t(), y[:reach]), dprod[:B].t(), h0, entering.in_place)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, in_place: bool) -> Tensor:
-    return total.addmm_(a, b) if in_place else total + a @ b
+    return total.addmm_(a, b) if in_place else total + torch.mm(a, b)
 
 
 def _outer(a: Tensor, b: Tensor, samples: int) -> Tensor:
     """Sum over rows of a^T b, kept apart per sample where rows hold several."""
     if not samples:
-        return a.t() @ b
+        return torch.mm(a.t(), b)
     a, b = (v.reshape(v.shape[0] // samples, samples, v.shape[-1]) for v in (a, b))
     return a.permute(1, 2, 0) @ b.transpose(0, 1)
 

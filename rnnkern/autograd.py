@@ -29,6 +29,8 @@ from rnnkern._run import (
 )
 from rnnkern.backends.base import ScanInputs
 
+_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+
 
 class Group(NamedTuple):
     """The weights of one direction of one model."""
@@ -103,7 +105,7 @@ def layer(
     direct, graded = not (compiling or transformed or x.is_meta) and unwatched(), transformed
     graded_mode = torch.is_grad_enabled()
     for t in tensors:
-        if type(t) not in PLAIN:
+        if direct and (type(t) not in PLAIN or _wrapped(t)):  # what leaked out of a transform stays wrapped
             direct = False
         if graded_mode and t.requires_grad:
             graded = True
@@ -137,7 +139,7 @@ def layer(
     if compiling:  # without a gradient Dynamo takes a forward with *args for one that wants a context
         run = Layer.apply if graded else Layer.forward
     else:
-        run = LayerWithTangents.apply if transformed else _apply
+        run = _apply if direct else LayerWithTangents.apply
     outputs = run(plan, backend, direct, T, B, *tensors)
     return outputs[0], outputs[1 : 1 + K], outputs[1 + K : 2 * K] if keep_states else ()
 
@@ -230,5 +232,5 @@ class LayerWithTangents(Layer):
 
 
 # Function.apply without the inspection of forward's signature that it makes at every call, for defaults that are not
-# there: with no transform active that is all it adds.
+# there. With no transform active, and no tensor left from one, that is all it adds.
 _apply = super(torch.autograd.Function, LayerWithTangents).apply

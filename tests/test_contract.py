@@ -363,3 +363,41 @@ def test_low_precision(cell, dtype, backend):
         f"{cell}, gradients",
         dtype,
     )
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_backward_within_autocast(cell, backend):
+    """Autocast is the call level's business: where backward() is written does not round a layer's gradients."""
+    call = random_call(cell, dtype=torch.float32).skip_if_refused(backend)
+    outputs = call.run(backend)
+    expected = gradients(outputs, call.tensors)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = gradients(outputs, call.tensors)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_without_gradients(cell, backend):
+    """The shortest path, to the backend itself, gives the same bits as the Function."""
+    call = random_call(cell).skip_if_refused(backend)
+    expected = call.run(backend)
+    assert all(o.requires_grad for o in expected)
+    fixed = call.detached()
+    plain = fixed.run(backend)
+    with torch.no_grad():
+        quiet = call.run(backend)
+    with torch.inference_mode():
+        inference = call.run(backend)
+    for found in (plain, quiet, inference):
+        assert not any(o.requires_grad for o in found)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_two_runs_give_the_same_bits(cell, backend):
+    call = random_call(cell, T=7, B=5, I=9, H=11).skip_if_refused(backend)
+    first, second = (
+        ([o.detach() for o in outs], gradients(outs, call.tensors)) for outs in (call.run(backend), call.run(backend))
+    )
+    for a, b in zip((*first[0], *first[1]), (*second[0], *second[1]), strict=True):
+        assert torch.equal(a, b)

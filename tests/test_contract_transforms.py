@@ -285,3 +285,13 @@ def test_vjp_of_a_vmapped_loss_differentiates_per_sample_gradients():
     w = call.groups[0].w_ih
     found, truth = (vjp(penalty(run), w)[1](torch.ones((), dtype=D))[0] for run in ("ours", "truth"))
     check_grad(found, truth, truth, "penalty")
+
+
+def test_tensor_that_leaked_out_of_a_transform(backend):
+    """It is still wrapped, though its transform is over, and has no memory that a kernel could be given."""
+    call, leaked = random_call("gru").skip_if_refused(backend), []
+    grad(lambda x: (leaked.append(x * 1), x.sum())[1])(call.x.detach())
+    expected = call.run(backend)
+    for source in (call, call.detached()):
+        found = replace(source, x=leaked[0]).run(backend)
+        check(list(found), list(expected), list(expected), "leaked")
