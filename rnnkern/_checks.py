@@ -97,7 +97,7 @@ def weights(
     wide, columns = first
     hidden = wide // gates
     state = second[1] if proj else hidden
-    shapes = [(wide, columns), (wide, state)]
+    shapes: list[tuple[int, ...]] = [(wide, columns), (wide, state)]
     if bias:
         shapes += [(wide,), (wide,)]
     if proj:

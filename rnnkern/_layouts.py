@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 States = tuple[Tensor, ...]
 
@@ -29,6 +30,31 @@ def packed(batch_sizes: Tensor, B: int, device: torch.device) -> tuple[Tensor, T
     ended = torch.searchsorted(batch_sizes.flip(0), torch.arange(B), right=True)
     lengths = batch_sizes.size(0) - ended
     return (offsets, lengths) if device.type == "cpu" else (offsets.to(device), lengths.to(device))
+
+
+def in_order(
+    module: torch.nn.RNNBase, states: tuple[Tensor, ...], order: Tensor, batch: int, name: str
+) -> tuple[Tensor, ...]:
+    """States in the order of a packed batch; index_select alone would cut a batch that is too large without a word."""
+    for index, state in enumerate(states):
+        if state.dim() != 3 or state.size(1) != batch:
+            groups = module.num_layers * (2 if module.bidirectional else 1)
+            width = module.proj_size if index == 0 and module.proj_size else module.hidden_size
+            which = f"{name}[{index}]" if len(states) > 1 else name
+            raise RuntimeError(f"Expected {which} size {(groups, batch, width)}, got {list(state.shape)}")
+    return tuple(state.index_select(1, order) for state in states)
+
+
+def packed_reset(input: Tensor | PackedSequence, reset: Tensor | PackedSequence) -> Tensor:
+    """The rows of a packed mask, whose layout has to be the input's."""
+    if not isinstance(input, PackedSequence) or not isinstance(reset, PackedSequence):
+        kinds = [type(v).__name__ for v in (reset, input)]
+        raise ValueError(f"reset: expected the container of the input, got a {kinds[0]} with a {kinds[1]} input")
+    order, other = input.sorted_indices, reset.sorted_indices
+    same_order = order is other or (order is not None and other is not None and torch.equal(order, other))
+    if not torch.equal(input.batch_sizes, reset.batch_sizes) or not same_order:
+        raise ValueError("reset: expected a PackedSequence with the batch sizes and indices of the input")
+    return reset.data
 
 
 def boundaries(reset: Tensor, D: int, batch_sizes: Tensor | None, lengths: Tensor | None) -> Tensor:

@@ -214,7 +214,7 @@ def run(
     I, H, P, per = _checks.weights(params, gates, bias, num_layers, D, two)
     proj = per % 2 == 1
     _checks.input_like_weight(input, params[0], packed)
-    if packed:
+    if batch_sizes is not None:
         _checks.batch_sizes(batch_sizes, input.size(0))
         T, B = batch_sizes.size(0), int(batch_sizes[0])
     elif batch_first:
@@ -262,7 +262,7 @@ def run(
     if reset is not None:
         reset = _layouts.boundaries(reset.t() if batch_first else reset, D, batch_sizes, lengths)
     offsets = None
-    if packed:
+    if batch_sizes is not None:
         offsets, lengths = _layouts.packed(batch_sizes, B, input.device)
     arguments = (
         cell, x, hx, params, per, bias, num_layers, dropout if training else 0.0, D, T, sizes,
@@ -352,7 +352,7 @@ def run_cell(
         input = input.unsqueeze(0)
         hx = hx and tuple(h.unsqueeze(0) for h in hx)
     _checks.cell(title, input, hx, w_ih, w_hh, low is not None)
-    weights = (w_ih, w_hh) if b_ih is None or b_hh is None else (w_ih, w_hh, b_ih, b_hh)
+    weights: Sequence[Tensor] = (w_ih, w_hh) if b_ih is None or b_hh is None else (w_ih, w_hh, b_ih, b_hh)
     _checks.alike(input, weights, "parameter", low is None)
     if hx is not None:
         _checks.alike(input, hx, "hidden", low is None)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnkern import functional
+from rnnkern import _layouts, functional
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
 
@@ -410,52 +410,25 @@ def _sequence(
     weights = [_weight(module, name) for name in module._flat_weights_names]
     data, sizes, order, back = input if isinstance(input, PackedSequence) else (input, None, None, None)
     if isinstance(reset, PackedSequence) or (reset is not None and sizes is not None):
-        reset = _packed_reset(input, reset)
-    if order is not None:
+        reset = _layouts.packed_reset(input, reset)
+    if sizes is not None and order is not None:
         batch = int(sizes[0])
-        hx = hx and _permuted(module, hx, order, batch, "hidden")
-        if reset_state is not None and reset_state[0].size(1) != 1:
-            reset_state = _permuted(module, reset_state, order, batch, "reset_state")
+        hx = hx and _layouts.in_order(module, hx, order, batch, "hidden")
+        if reset_state is not None and reset_state[0].dim() == 3 and reset_state[0].size(1) != 1:
+            reset_state = _layouts.in_order(module, reset_state, order, batch, "reset_state")
     if weights[0].is_cuda:
         module._update_flat_weights()  # cuDNN wants the weights in one piece; replaced ones are laid out again
     y, final, states = functional.run(
         cell, data, hx, weights, module.bias, module.num_layers, module.dropout, module.training,
         module.bidirectional, module.batch_first, sizes, lengths, reset, reset_state, return_states,
     )  # fmt: skip
-    if sizes is not None:
-        output = PackedSequence(y, sizes, order, back)
-        if back is not None:
-            final = tuple(h.index_select(1, back) for h in final)
-        states = tuple(
-            tuple(output if s is y else PackedSequence(s, sizes, order, back) for s in kept) for kept in states
-        )
-    else:
-        output = y
-    return (output, final, states) if return_states else (output, final)
-
-
-def _permuted(
-    module: torch.nn.RNNBase, states: tuple[Tensor, ...], order: Tensor, batch: int, name: str
-) -> tuple[Tensor, ...]:
-    """States in the order of a packed batch; index_select alone would cut a batch that is too large without a word."""
-    for state in states:
-        if state.dim() != 3 or state.size(1) != batch:
-            groups = module.num_layers * (2 if module.bidirectional else 1)
-            width = module.proj_size if state is states[0] and module.proj_size else module.hidden_size
-            raise RuntimeError(f"Expected {name} size {(groups, batch, width)}, got {list(state.shape)}")
-    return tuple(state.index_select(1, order) for state in states)
-
-
-def _packed_reset(input: Tensor | PackedSequence, reset: Tensor | PackedSequence) -> Tensor:
-    """The rows of a packed mask, whose layout has to be the input's."""
-    if not isinstance(input, PackedSequence) or not isinstance(reset, PackedSequence):
-        kinds = [type(v).__name__ for v in (reset, input)]
-        raise ValueError(f"reset: expected the container of the input, got a {kinds[0]} with a {kinds[1]} input")
-    orders = (input.sorted_indices, reset.sorted_indices)
-    same_order = orders[0] is orders[1] or (None not in orders and torch.equal(*orders))
-    if not torch.equal(input.batch_sizes, reset.batch_sizes) or not same_order:
-        raise ValueError("reset: expected a PackedSequence with the batch sizes and indices of the input")
-    return reset.data
+    if sizes is None:
+        return (y, final, states) if return_states else (y, final)
+    output = PackedSequence(y, sizes, order, back)
+    if back is not None:
+        final = tuple(h.index_select(1, back) for h in final)
+    kept = tuple(tuple(output if s is y else PackedSequence(s, sizes, order, back) for s in layer) for layer in states)
+    return (output, final, kept) if return_states else (output, final)
 
 
 def _one_or_two(title: str, input: Tensor, hx: Tensor | None) -> None:
