@@ -1,5 +1,8 @@
 // Choice of the instruction set, threads and scratch memory.
 #include <sched.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include <cstdlib>
 #include <new>
@@ -35,6 +38,17 @@ bool run_parallel(int threads, void (*fn)(void*, int), void* context) {
 }
 
 void yield_thread() { sched_yield(); }
+
+void prefer_large_pages(void* memory, size_t bytes) {
+#ifdef __linux__
+  constexpr uintptr_t kPage = uintptr_t(2) << 20;
+  uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
+  uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / kPage * kPage;
+  if (memory && begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: may be refused
+#else
+  (void)memory, (void)bytes;
+#endif
+}
 
 namespace {
 struct Kept {

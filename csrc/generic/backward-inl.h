@@ -8,6 +8,7 @@ class BackwardScan {
   typedef typename M::W W;
   typedef vec<CT> V;
   static constexpr int n = Simd<CT>::n, G = Cell::kGates, K = Cell::kStates, Q = Cell::kPlanes;
+  static constexpr int64_t kFairRows = 2;  // threads of a team pass all gate gradients to one another: G times what goes forward
 
  public:
   static void run(const Backward& f) {
@@ -19,8 +20,8 @@ class BackwardScan {
     projected_ = f.weights[0].w_hr != nullptr;
     blocks_ = ceil_div(f.H, n);
     out_blocks_ = ceil_div(f.P, n);
-    split_ = Split::choose(f, max_threads, blocks_, G * f.H * f.P, 0, G * f.H * f.P * int64_t(sizeof(W)));
-    pack_ = f.B > 1 && f.S >= 4 * f.B;
+    split_ = Split::choose(f, max_threads, blocks_, G * f.H * f.P, 0, kFairRows);
+    pack_ = f.T >= 4 && f.S >= 16;
     c_stride_ = blocks_ * n;
     h_stride_ = out_blocks_ * n;
     d_stride_ = ceil_div(f.P, M::kStep) * M::kStep;
@@ -28,6 +29,8 @@ class BackwardScan {
     hh_steps_ = ceil_div(G * f.H, M::kPair);
     hr_steps_ = ceil_div(f.P, M::kPair);
     int64_t rows = f.N * f.B;
+    prefer_large_pages(f.dgx, f.S * f.N * G * f.H * sizeof(ST));
+    prefer_large_pages(f.dgh, f.S * f.N * G * f.H * sizeof(ST));
     mem_.add(&dh_, rows * h_stride_);
     mem_.add(&dc_, K > 1 ? rows * c_stride_ : 0);
     mem_.add(&dg_, 2 * rows * g_stride_);
@@ -36,6 +39,8 @@ class BackwardScan {
     mem_.add(&fresh_c_, f.dreset_state[0] && K > 1 ? rows * c_stride_ : 0);
     mem_.add(&hh_, pack_ ? f.N * out_blocks_ * n * hh_steps_ : 0);
     mem_.add(&hr_, pack_ && projected_ ? f.N * blocks_ * n * hr_steps_ : 0);
+    mem_.add(&sums_, threads() * f.B * 4 * n);
+    mem_.add(&a_rows_, threads() * f.B);
     mem_.add(&barriers_, split_.teams() + 1);
     mem_.allocate();
     for (int i = 0; i <= split_.teams(); i++) (new (barriers_ + i) Barrier)->reset(i ? split_.cols : split_.threads());
@@ -47,7 +52,7 @@ class BackwardScan {
     prepare(rank);
     barriers_[0].wait();
     int team = rank / split_.cols;
-    Range rows = share(f_.B, split_.rows, team % split_.rows);
+    Deal rows{team % split_.rows, split_.rows};
     for (int64_t g = team / split_.rows; g < f_.N; g += split_.groups) scan(g, rows, rank);
   }
 
@@ -100,13 +105,17 @@ class BackwardScan {
   struct Job {
     const Weights& w;
     int64_t g;
-    Range rows, own, out;  // batch rows; blocks of hidden units and of outputs
+    Deal rows;
+    Range own, out;  // blocks of hidden units and of outputs
+    CT* sums;              // [row][4][n] of one panel
+    const A** a_rows;
   };
 
-  void scan(int64_t g, Range rows, int rank) {
+  void scan(int64_t g, Deal rows, int rank) {
     int col = rank % split_.cols;
     Barrier& barrier = barriers_[1 + rank / split_.cols];
-    Job job{f_.weights[g], g, rows, share(blocks_, split_.cols, col), share(out_blocks_, split_.cols, col)};
+    Job job{f_.weights[g], g, rows, share(blocks_, split_.cols, col), share(out_blocks_, split_.cols, col),
+            sums_ + rank * f_.B * 4 * n, a_rows_ + rank * f_.B};
     int parity = 0;
     for (int64_t step = 0; step < f_.T; step++) {
       int64_t t = job.w.reverse ? step : f_.T - 1 - step, count = rows_.alive(t, rows);
@@ -126,7 +135,8 @@ class BackwardScan {
   // dh of the projected h for this thread's outputs.
   void total_dh(const Job& job, int64_t t, int64_t count) {
     Range columns = job.out.columns(n, f_.P);
-    for (int64_t i = job.rows.begin; i < job.rows.begin + count; i++) {
+    for (int64_t k = 0; k < count; k++) {
+      int64_t i = job.rows[k];
       int64_t row = rows_.at(t, i);
       const ST* dy = (const ST*)f_.dy + row * f_.dy_s + job.g * f_.dy_n;
       ST* total = (ST*)f_.dh + (row * f_.N + job.g) * f_.P;
@@ -142,47 +152,44 @@ class BackwardScan {
   // The cell's backward for this thread's hidden units: gate gradients to memory and to the next product.
   void step_back(const Job& job, int64_t t, int64_t count, int parity) {
     if (!projected_) {
-      for (int64_t i = job.rows.begin; i < job.rows.begin + count; i++) {
+      for (int64_t k = 0; k < count; k++) {
+      int64_t i = job.rows[k];
         int64_t row = rows_.at(t, i);
         const ST* dy = (const ST*)f_.dy + row * f_.dy_s + job.g * f_.dy_n;
         Entering from = entering(job, t, i, row);
+        int64_t ahead = rows_.next(t, i, !job.w.reverse);
+        if (ahead >= 0) ahead = rows_.at(ahead, i);
         for (int64_t b = job.own.begin; b < job.own.end; b++) {
           int64_t j = b * n;
+          if (ahead >= 0) prefetch(job, ahead, j);
           int valid = int(f_.H - j < n ? f_.H - j : n);
           cell_back(job, row, i, j, valid, parity, from, load(dy + j, valid) + load(dh_at(job.g, i) + j));
         }
       }
       return;
     }
-    alignas(64) CT dm[kMaxTile * 4 * n];
-    const A* a[kMaxTile];
+    for (int64_t i = 0; i < count; i++) job.a_rows[i] = dp_at(job.g, job.rows[i]);
     for (int64_t b = job.own.begin; b < job.own.end; b += 4) {
       int units = job.own.take(b, 4);
-      int64_t tiles = ceil_div(count, max_rows(units));
-      for (int64_t k = 0; k < tiles; k++) {
-        Range r = share(count, tiles, k);
-        for (int64_t i = r.begin; i < r.end; i++) a[i - r.begin] = dp_at(job.g, job.rows.begin + i);
-        back_product(int(r.size()), units, a, pack_ ? hr_ + (job.g * blocks_ + b) * n * hr_steps_ : nullptr, hr_steps_,
-                     (const ST*)job.w.w_hr, f_.H, f_.P, b, dm);
-        for (int64_t i = job.rows.begin + r.begin; i < job.rows.begin + r.end; i++) {
-          int64_t row = rows_.at(t, i);
-          Entering from = entering(job, t, i, row);
-          for (int u = 0; u < units; u++) {
-            int64_t j = (b + u) * n;
-            cell_back(job, row, i, j, int(f_.H - j < n ? f_.H - j : n), parity, from,
-                      load(dm + ((i - job.rows.begin - r.begin) * units + u) * n));
-          }
+      back_product(count, units, job.a_rows, pack_ ? hr_ + (job.g * blocks_ + b) * n * hr_steps_ : nullptr, hr_steps_,
+                   (const ST*)job.w.w_hr, f_.H, f_.P, b, job.sums);
+      for (int64_t i = 0; i < count; i++) {
+        int64_t k = job.rows[i], row = rows_.at(t, k);
+        Entering from = entering(job, t, k, row);
+        for (int u = 0; u < units; u++) {
+          int64_t j = (b + u) * n;
+          cell_back(job, row, k, j, int(f_.H - j < n ? f_.H - j : n), parity, from, load(job.sums + (i * units + u) * n));
         }
       }
     }
   }
 
   // out[rows][units][n] = left rows times columns of w [depth, ld].
-  static void back_product(int rows, int units, const A* const* a, const W* panel, int64_t steps, const ST* w, int64_t ld, int64_t depth,
+  static void back_product(int64_t rows, int units, const A* const* a, const W* panel, int64_t steps, const ST* w, int64_t ld, int64_t depth,
                            int64_t block, CT* out) {
-    if (panel) return packed_tile<M>(rows, units, a, panel, steps, nullptr, out);
+    if (panel) return packed_rows<M>(rows, units, a, panel, steps, nullptr, out);
     int64_t j = block * n, width = ld - j;
-    for (int i = 0; i < rows; i++, out += units * n) switch (units) {
+    for (int64_t i = 0; i < rows; i++, out += units * n) switch (units) {
         case 1: direct_nn<A, ST, CT, 1>(a[i], w + j, ld, depth, width, out); break;
         case 2: direct_nn<A, ST, CT, 2>(a[i], w + j, ld, depth, width, out); break;
         case 3: direct_nn<A, ST, CT, 3>(a[i], w + j, ld, depth, width, out); break;
@@ -214,6 +221,14 @@ class BackwardScan {
       if constexpr (K > 1) c = (const CT*)f_.seq + before * f_.H;
     }
     return {h, c, fresh};
+  }
+
+  // What the next step will read and write of these columns, towards the second cache while the product runs.
+  RK_INLINE void prefetch(const Job& job, int64_t row, int64_t j) const {
+    int64_t at = row * f_.N + job.g;
+    __builtin_prefetch((const ST*)f_.dy + row * f_.dy_s + job.g * f_.dy_n + j, 0, 2);
+    for (int q = 0; q < Q; q++) __builtin_prefetch((const ST*)f_.planes + (at * Q + q) * f_.H + j, 0, 2);
+    for (int k = 0; k < G; k++) __builtin_prefetch((const ST*)f_.dgx + at * G * f_.H + k * f_.H + j, 1, 2);
   }
 
   RK_INLINE void cell_back(const Job& job, int64_t row, int64_t i, int64_t j, int valid, int parity, const Entering& from, V dh) {
@@ -249,20 +264,17 @@ class BackwardScan {
 
   // Gradient of the entering h for this thread's outputs: the product with W_hh on top of the cell's own path.
   void carry_back(const Job& job, int64_t t, int64_t count, int parity) {
-    alignas(64) CT sum[kMaxTile * 4 * n];
-    const A* a[kMaxTile];
-    for (int64_t b = job.out.begin; b < job.out.end; b += 4) {
+    for (int64_t i = 0; i < count; i++) job.a_rows[i] = dg_at(job.g, parity, job.rows[i]);
+    int64_t panels = ceil_div(job.out.size(), 4);
+    for (int64_t p = 0; p < panels; p++) {
+      int64_t b = job.out.begin + (parity ? panels - 1 - p : p) * 4;
       int units = job.out.take(b, 4);
-      int64_t tiles = ceil_div(count, max_rows(units));
-      for (int64_t k = 0; k < tiles; k++) {
-        Range r = share(count, tiles, k);
-        for (int64_t i = r.begin; i < r.end; i++) a[i - r.begin] = dg_at(job.g, parity, job.rows.begin + i);
-        back_product(int(r.size()), units, a, pack_ ? hh_ + (job.g * out_blocks_ + b) * n * hh_steps_ : nullptr, hh_steps_,
-                     (const ST*)job.w.w_hh, f_.P, G * f_.H, b, sum);
-        for (int64_t i = r.begin; i < r.end; i++) {
-          bool fresh = rows_.resets(rows_.at(t, job.rows.begin + i), job.g);
-          for (int u = 0; u < units; u++) put_carry(job, job.rows.begin + i, (b + u) * n, load(sum + ((i - r.begin) * units + u) * n), fresh);
-        }
+      back_product(count, units, job.a_rows, pack_ ? hh_ + (job.g * out_blocks_ + b) * n * hh_steps_ : nullptr, hh_steps_,
+                   (const ST*)job.w.w_hh, f_.P, G * f_.H, b, job.sums);
+      for (int64_t i = 0; i < count; i++) {
+        bool fresh = rows_.resets(rows_.at(t, job.rows[i]), job.g);
+        for (int u = 0; u < units; u++)
+          put_carry(job, job.rows[i], (b + u) * n, load(job.sums + (i * units + u) * n), fresh);
       }
     }
   }
@@ -282,7 +294,7 @@ class BackwardScan {
 
   void finish(const Job& job) {
     Range h = job.out.columns(n, f_.P), c = job.own.columns(n, f_.H);
-    for (int64_t i = job.rows.begin; i < job.rows.end; i++) {
+    for (int64_t i = job.rows.first; i < f_.B; i += job.rows.stride) {
       int64_t to = job.g * f_.B + rows_.batch_row(i), from = job.g * f_.B + i;
       narrow_columns(dh_ + from * h_stride_, (ST*)f_.dstate[0] + to * f_.P, h);
       if constexpr (K > 1) narrow_columns(dc_ + from * c_stride_, (CT*)f_.dstate[1] + to * f_.H, c);
@@ -303,7 +315,8 @@ class BackwardScan {
   Scratch mem_;
   bool projected_, pack_;
   int64_t blocks_, out_blocks_, c_stride_, h_stride_, d_stride_, g_stride_, hh_steps_, hr_steps_;
-  CT *dh_, *dc_, *fresh_h_, *fresh_c_;
+  CT *dh_, *dc_, *fresh_h_, *fresh_c_, *sums_;
+  const A** a_rows_;
   A *dg_, *dp_;
   W *hh_, *hr_;
   Barrier* barriers_;

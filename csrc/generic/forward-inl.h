@@ -9,6 +9,8 @@ class ForwardScan {
   typedef vec<CT> V;
   static constexpr int n = Simd<CT>::n, G = Cell::kGates;
   static constexpr int kUnits = G == 1 ? 4 : 1;  // hidden blocks in a panel, so that it is three or four vectors wide
+  static constexpr int kWide = 4;
+  static constexpr int64_t kFairRows = 8;  // a full tile: fewer would read the weights for too little
 
  public:
   static void run(const Forward& f) {
@@ -20,7 +22,7 @@ class ForwardScan {
     projected_ = f.weights[0].w_hr != nullptr;
     blocks_ = ceil_div(f.H, n);
     out_blocks_ = ceil_div(f.P, n);
-    split_ = Split::choose(f, max_threads, blocks_, G * f.H * f.P, f.gx ? 0 : G * f.H * f.I, G * f.H * f.P * int64_t(sizeof(W)));
+    split_ = Split::choose(f, max_threads, blocks_, G * f.H * f.P, f.gx ? 0 : G * f.H * f.I, kFairRows);
     pack_hh_ = f.T >= 4 && f.S >= 16;
     if (getenv("RK_PACK")) pack_hh_ = atoi(getenv("RK_PACK"));
     pack_ih_ = !f.gx && f.S >= 24;
@@ -33,6 +35,11 @@ class ForwardScan {
     hr_steps_ = ceil_div(f.H, M::kPair);
     x_in_place_ = sizeof(ST) == sizeof(A) && pack_ih_ && f.I % M::kPair == 0;
     plan_chunks();
+    int64_t cells = f.S * f.N * f.H;
+    prefer_large_pages(f.y, f.S * f.N * f.P * sizeof(ST));
+    prefer_large_pages(f.seq, cells * sizeof(CT));
+    prefer_large_pages(f.planes, cells * Cell::kPlanes * sizeof(ST));
+    prefer_large_pages(f.hidden, cells * sizeof(ST));
     int threads = split_.threads();
     mem_.add(&h_, f.N * 2 * f.B * h_stride_);
     mem_.add(&c_, Cell::kStates > 1 ? f.N * f.B * c_stride_ : 0);
@@ -47,6 +54,8 @@ class ForwardScan {
     mem_.add(&gx_, threads * gx_size_);
     mem_.add(&x_, threads * x_size_);
     mem_.add(&x_rows_, f.gx ? 0 : threads * chunk_rows_);
+    mem_.add(&a_rows_, threads * f.B);
+    mem_.add(&sums_, threads * f.B * kWide * n);
     mem_.add(&barriers_, split_.teams() + 1);
     mem_.allocate();
     for (int i = 0; i <= split_.teams(); i++) (new (barriers_ + i) Barrier)->reset(i ? split_.cols : threads);
@@ -58,7 +67,7 @@ class ForwardScan {
     prepare(rank);
     barriers_[0].wait();
     int team = rank / split_.cols;
-    Range rows = share(f_.B, split_.rows, team % split_.rows);
+    Deal rows{team % split_.rows, split_.rows};
     for (int64_t g = team / split_.rows; g < f_.N; g += split_.groups) scan(g, rows, rank);
   }
 
@@ -150,17 +159,20 @@ class ForwardScan {
   struct Job {
     const Weights& w;
     int64_t g;
-    Range rows, own, out;  // batch rows; blocks of hidden units and of outputs
+    Deal rows;
+    Range own, out;  // blocks of hidden units and of outputs
     CT* gx;                // [panel][row of the chunk][units][G][n]
-    A* x;
-    const A** x_rows;
+    CT* sums;              // [row][units][G][n] of one panel
+    A* x;                  // rows of x as left sides, where they cannot be used in place
+    const A **x_rows, **a_rows;
   };
 
-  void scan(int64_t g, Range rows, int rank) {
+  void scan(int64_t g, Deal rows, int rank) {
     int col = rank % split_.cols;
     Barrier& barrier = barriers_[1 + rank / split_.cols];
     Job job{f_.weights[g], g, rows, share(blocks_, split_.cols, col), share(out_blocks_, split_.cols, col),
-            gx_ + rank * gx_size_, x_ + rank * x_size_, x_rows_ + rank * chunk_rows_};
+            gx_ + rank * gx_size_, sums_ + rank * f_.B * kWide * n, x_ + rank * x_size_, x_rows_ + rank * chunk_rows_,
+            a_rows_ + rank * f_.B};
     int64_t ahead = 0, base = 0;
     int parity = 0;
     for (int64_t step = 0; step < f_.T; step++) {
@@ -190,7 +202,8 @@ class ForwardScan {
     int64_t total = 0;
     for (int64_t s = 0; s < steps; s++) {
       int64_t u = job.w.reverse ? t - s : t + s, count = rows_.alive(u, job.rows);
-      for (int64_t i = job.rows.begin; i < job.rows.begin + count; i++, total++) {
+      for (int64_t k = 0; k < count; k++, total++) {
+        int64_t i = job.rows[k];
         const ST* from = x + rows_.at(u, i) * f_.x_s;
         if (x_in_place_) {
           job.x_rows[total] = (const A*)from;
@@ -201,26 +214,21 @@ class ForwardScan {
       }
     }
     for (int64_t b = job.own.begin; b < job.own.end; b += kUnits) {
-      int units = job.own.take(b, kUnits), most = max_rows(units * G);
-      int64_t at = (job.g * blocks_ + b) * G * n, tiles = ceil_div(total, most);
-      CT* to = job.gx + (b - job.own.begin) * G * n * chunk_rows_;
-      for (int64_t k = 0; k < tiles; k++) {
-        Range r = share(total, tiles, k);
-        product(int(r.size()), units, job.x_rows + r.begin, pack_ih_ ? ih_ + at * ih_steps_ : nullptr, ih_steps_,
-                (const ST*)job.w.w_ih, f_.I, b, bias_ih_ + at, to + r.begin * units * G * n);
-      }
+      int64_t at = (job.g * blocks_ + b) * G * n;
+      product(total, job.own.take(b, kUnits), job.x_rows, pack_ih_ ? ih_ + at * ih_steps_ : nullptr, ih_steps_, (const ST*)job.w.w_ih,
+              f_.I, b, bias_ih_ + at, job.gx + (b - job.own.begin) * G * n * chunk_rows_);
     }
   }
 
   // [rows][units][G][n] = bias + left rows times the gates' weights of these units.
-  void product(int rows, int units, const A* const* a, const W* panel, int64_t steps, const ST* weight, int64_t K, int64_t block,
+  void product(int64_t rows, int units, const A* const* a, const W* panel, int64_t steps, const ST* weight, int64_t K, int64_t block,
                const CT* bias, CT* to) {
-    if (panel) return packed_tile<M>(rows, units * G, a, panel, steps, bias, to);
+    if (panel) return packed_rows<M>(rows, units * G, a, panel, steps, bias, to);
     for (int u = 0; u < units; u++)
       for (int k = 0; k < G; k++) {
         int64_t j = (block + u) * n;
         const ST* first = weight + (k * f_.H + j) * K;
-        for (int i = 0; i < rows; i++) {
+        for (int64_t i = 0; i < rows; i++) {
           V sum = direct_nt<M>(a[i], first, K, int(f_.H - j < n ? f_.H - j : n));
           store(to + ((i * units + u) * G + k) * n, sum + load(bias + (u * G + k) * n));
         }
@@ -229,24 +237,17 @@ class ForwardScan {
 
   // One step for this thread's columns.
   void advance(const Job& job, int64_t t, int64_t count, int64_t base, int parity) {
-    alignas(64) CT gh[kMaxTile * kUnits * G * n];
-    const A* a[kMaxTile];
+    for (int64_t i = 0; i < count; i++) job.a_rows[i] = h_at(job.g, parity, job.rows[i]);
     // Back and forth: what the last step read last is still in the nearest cache.
     int64_t panels = ceil_div(job.own.size(), kUnits);
     for (int64_t p = 0; p < panels; p++) {
-      int64_t b = job.own.begin + (parity ? panels - 1 - p : p) * kUnits;
+      int64_t b = job.own.begin + (parity ? panels - 1 - p : p) * kUnits, at = (job.g * blocks_ + b) * G * n;
       int units = job.own.take(b, kUnits);
-      int64_t at = (job.g * blocks_ + b) * G * n, tiles = ceil_div(count, max_rows(units * G));
       const CT* gx = f_.gx ? nullptr : job.gx + (b - job.own.begin) * G * n * chunk_rows_ + base * units * G * n;
-      for (int64_t k = 0; k < tiles; k++) {
-        Range r = share(count, tiles, k);
-        for (int64_t i = r.begin; i < r.end; i++) a[i - r.begin] = h_at(job.g, parity, job.rows.begin + i);
-        product(int(r.size()), units, a, pack_hh_ ? hh_ + at * hh_steps_ : nullptr, hh_steps_, (const ST*)job.w.w_hh, f_.P, b,
-                bias_hh_ + at, gh);
-        for (int64_t i = r.begin; i < r.end; i++)
-          step_row(job, t, job.rows.begin + i, b, units, parity, gx ? gx + i * units * G * n : nullptr,
-                   gh + (i - r.begin) * units * G * n);
-      }
+      product(count, units, job.a_rows, pack_hh_ ? hh_ + at * hh_steps_ : nullptr, hh_steps_, (const ST*)job.w.w_hh, f_.P, b,
+              bias_hh_ + at, job.sums);
+      for (int64_t i = 0; i < count; i++)
+        step_row(job, t, job.rows[i], b, units, parity, gx ? gx + i * units * G * n : nullptr, job.sums + i * units * G * n);
     }
   }
 
@@ -301,37 +302,32 @@ class ForwardScan {
 
   // h' = m W_hr^T for this thread's outputs.
   void project_output(const Job& job, int64_t t, int64_t count, int parity) {
-    alignas(64) CT h[kMaxTile * 4 * n];
-    const A* a[kMaxTile];
+    for (int64_t i = 0; i < count; i++) job.a_rows[i] = m_at(job.g, job.rows[i]);
     for (int64_t b = job.out.begin; b < job.out.end; b += 4) {
       int units = job.out.take(b, 4);
-      int64_t tiles = ceil_div(count, max_rows(units));
-      for (int64_t k = 0; k < tiles; k++) {
-        Range r = share(count, tiles, k);
-        for (int64_t i = r.begin; i < r.end; i++) a[i - r.begin] = m_at(job.g, job.rows.begin + i);
-        if (pack_hh_) {
-          packed_tile<M>(int(r.size()), units, a, hr_ + (job.g * out_blocks_ + b) * n * hr_steps_, hr_steps_, nullptr, h);
-        } else {
-          for (int64_t i = 0; i < r.size(); i++)
-            for (int u = 0; u < units; u++) {
-              int64_t j = (b + u) * n;
-              store(h + (i * units + u) * n, direct_nt<M>(a[i], (const ST*)job.w.w_hr + j * f_.H, f_.H, int(f_.P - j < n ? f_.P - j : n)));
-            }
-        }
-        for (int64_t i = r.begin; i < r.end; i++)
+      if (pack_hh_) {
+        packed_rows<M>(count, units, job.a_rows, hr_ + (job.g * out_blocks_ + b) * n * hr_steps_, hr_steps_, nullptr, job.sums);
+      } else {
+        for (int64_t i = 0; i < count; i++)
           for (int u = 0; u < units; u++) {
-            int64_t j = (b + u) * n, row = job.rows.begin + i;
-            put_h(job, row, parity, rows_.at(t, row) * f_.N + job.g, j, int(f_.P - j < n ? f_.P - j : n),
-                  load(h + ((i - r.begin) * units + u) * n), resets_next(job, t, row));
+            int64_t j = (b + u) * n;
+            const ST* first = (const ST*)job.w.w_hr + j * f_.H;
+            store(job.sums + (i * units + u) * n, direct_nt<M>(job.a_rows[i], first, f_.H, int(f_.P - j < n ? f_.P - j : n)));
           }
       }
+      for (int64_t i = 0; i < count; i++)
+        for (int u = 0; u < units; u++) {
+          int64_t j = (b + u) * n, row = job.rows[i];
+          put_h(job, row, parity, rows_.at(t, row) * f_.N + job.g, j, int(f_.P - j < n ? f_.P - j : n),
+                load(job.sums + (i * units + u) * n), resets_next(job, t, row));
+        }
     }
   }
 
   // Final states of this thread's columns: h as y has it; c as it stands.
   void finish(const Job& job) {
     Range h_cols = (projected_ ? job.out : job.own).columns(n, f_.P), c_cols = job.own.columns(n, f_.H);
-    for (int64_t i = job.rows.begin; i < job.rows.end; i++) {
+    for (int64_t i = job.rows.first; i < f_.B; i += job.rows.stride) {
       int64_t to = job.g * f_.B + rows_.batch_row(i);
       const ST* h = (const ST*)f_.state[0] + to * f_.P;
       if (rows_.length(i)) h = (const ST*)f_.y + (rows_.at(rows_.last(i, job.w.reverse), i) * f_.N + job.g) * f_.P;
@@ -351,8 +347,8 @@ class ForwardScan {
   int64_t blocks_, out_blocks_, h_stride_, m_stride_, x_stride_, c_stride_, hh_steps_, ih_steps_, hr_steps_;
   int64_t chunk_steps_, chunk_rows_, gx_size_, x_size_;
   A *h_, *m_, *x_;
-  const A** x_rows_;
-  CT *c_, *bias_hh_, *bias_ih_, *gx_;
+  const A **x_rows_, **a_rows_;
+  CT *sums_, *c_, *bias_hh_, *bias_ih_, *gx_;
   W *hh_, *ih_, *hr_;
   Barrier* barriers_;
 };

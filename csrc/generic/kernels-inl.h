@@ -3,6 +3,7 @@
 
 #include "simd-inl.h"
 #include "math-inl.h"
+#include "range-inl.h"
 #include "product-inl.h"
 #include "plan-inl.h"
 #include "../cells/rnn.h"

@@ -3,24 +3,14 @@
 //
 // A thread works on a group, a share of the batch rows and a share of the columns. Threads that share a group and rows are
 // a team: they meet at a barrier once a step. Batch rows are taken in order of descending length, so that the rows alive
-// at a step are always the first ones.
+// at a step are always the first ones, and dealt out in turn, so that every share lives as long as the others.
 
-struct Range {
-  int64_t begin, end;
-  int64_t size() const { return end - begin; }
-  int take(int64_t from, int most) const { return int(end - from < most ? end - from : most); }
-  // Blocks of n columns as columns, of `limit` in all.
-  Range columns(int n, int64_t limit) const { return {begin * n, end * n < limit ? end * n : limit}; }
+struct Deal {
+  int64_t first, stride;
+  int64_t operator[](int64_t i) const { return first + i * stride; }
+  // How many of this share are among the first `total` rows.
+  int64_t count(int64_t total) const { return total <= first ? 0 : (total - first + stride - 1) / stride; }
 };
-
-template <class T>
-static inline void copy_columns(const T* from, T* to, Range c) {
-  if (c.size() > 0) __builtin_memcpy(to + c.begin, from + c.begin, c.size() * sizeof(T));
-}
-
-static inline Range share(int64_t total, int64_t parts, int64_t part) { return {total * part / parts, total * (part + 1) / parts}; }
-
-static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Split {
   int groups = 1;  // worked on at once
@@ -30,13 +20,11 @@ struct Split {
   int threads() const { return groups * rows * cols; }
   int teams() const { return groups * rows; }
 
-  // Both directions at once where the threads allow it, no barrier then being needed; then columns, so that every thread
-  // keeps its share of the weights in its own cache; rows where there are fewer columns than threads, or where all the
-  // weights fit a private cache and there are full tiles of rows for everyone. `products` is the multiplications of one
-  // row in one step of one group, `ahead` those of its input projection.
-  static Split choose(const Scan& call, int threads, int64_t column_blocks, int64_t products, int64_t ahead, int64_t weight_bytes) {
+  // Both directions at once where the threads allow it, no barrier then being needed. Then rows, as long as each share has
+  // `fair_rows`: what threads of a team pass to one another at every step costs more than reading all the weights. Then
+  // columns. `products` is the multiplications of one row in one step of one group, `ahead` those of its input projection.
+  static Split choose(const Scan& call, int threads, int64_t column_blocks, int64_t products, int64_t ahead, int64_t fair_rows) {
     Split s;
-    bool ragged = call.lengths != nullptr;
     int64_t rows = call.B < 2 ? 2 : call.B;  // one row is bound by the weights' bytes: it takes as long as two
     if (call.T * rows * call.N * (products + ahead) < kWorthARegion) threads = 1;
     for (int g = threads; g >= 1; g--)
@@ -45,11 +33,12 @@ struct Split {
         break;
       }
     s.cols = threads / s.groups;
-    while (!ragged && s.cols % 2 == 0 && call.B / (2 * s.rows) >= 4 &&
-           (s.cols > column_blocks || (weight_bytes <= kPrivateCache && call.B / (2 * s.rows) >= 12))) {
-      s.cols /= 2;
-      s.rows *= 2;
-    }
+    for (int r = s.cols; r > 1; r--)
+      if (s.cols % r == 0 && call.B >= r * fair_rows) {
+        s.rows = r;
+        s.cols /= r;
+        break;
+      }
     if (s.cols > column_blocks) s.cols = int(column_blocks);
     if (call.T > 1)
       while (s.cols > 1 && rows / s.rows * products / s.cols < kWorthABarrier) s.cols /= 2;
@@ -60,8 +49,6 @@ struct Split {
   static constexpr int64_t kWorthABarrier = 50 * 1000;   // about 1 us: a barrier and the other threads' share of h
   // Who packs panel `index` of share `col` of group g: a thread that will read it, so that it starts out in its cache.
   int packer(int64_t g, int col, int64_t index) const { return int((g % groups * rows + index % rows) * cols + col); }
-
-  static constexpr int64_t kPrivateCache = 400 * 1024;
 };
 
 // Where rows lie and how long they live.
@@ -86,10 +73,7 @@ class Rows {
   int64_t batch_row(int64_t i) const { return order_ ? order_[i] : i; }
   int64_t length(int64_t i) const { return order_ ? s_.lengths[order_[i]] : s_.T; }
   // How many of a share of the rows are alive at step t: the first ones.
-  int64_t alive(int64_t t, Range rows) const {
-    int64_t count = (alive_ ? alive_[t] : s_.B) - rows.begin;
-    return count < 0 ? 0 : count < rows.size() ? count : rows.size();
-  }
+  int64_t alive(int64_t t, Deal rows) const { return rows.count(alive_ ? alive_[t] : s_.B); }
   int64_t at(int64_t t, int64_t i) const { return (s_.offsets ? s_.offsets[t] : t * s_.B) + batch_row(i); }
 
   // The step after t in a group's own direction, or -1 where the row ends there.

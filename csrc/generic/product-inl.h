@@ -122,19 +122,19 @@ static void pack_nn(const typename M::ST* w, int64_t ld, int64_t K, int64_t colu
 
 // ---- packed products ---------------------------------------------------------------------------------------------
 
-// out[m][v][lane] = start[v][lane] + sum_k a[m][k] panel[k][v][lane]
+// out[m][v][lane] = start[m * start_row + v][lane] + sum_k a[m][at + k] panel[k][v][lane]; start null: zero.
 template <class M, int MR, int NV>
-static __attribute__((noinline)) void packed_tile(const typename M::A* const* a, const typename M::W* panel, int64_t steps,
-                                                  const typename M::CT* start, typename M::CT* out) {
+static __attribute__((noinline)) void packed_tile(const typename M::A* const* a, int64_t at, const typename M::W* panel,
+                                                  int64_t steps, const typename M::CT* start, int start_row, typename M::CT* out) {
   typedef typename M::CT CT;
   constexpr int n = Simd<CT>::n;
   vec<CT> acc[MR][NV];
   const typename M::A* row[MR];
 #pragma GCC unroll 8
   for (int m = 0; m < MR; m++) {
-    row[m] = a[m];
+    row[m] = a[m] + at * M::kPair;
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; v++) acc[m][v] = start ? load(start + v * n) : vec<CT>{};
+    for (int v = 0; v < NV; v++) acc[m][v] = start ? load(start + (m * start_row + v) * n) : vec<CT>{};
   }
   for (int64_t k = 0; k < steps; k++) {
     typename M::Wide w[NV];
@@ -154,32 +154,47 @@ static __attribute__((noinline)) void packed_tile(const typename M::A* const* a,
     for (int v = 0; v < NV; v++) store(out + (m * NV + v) * n, acc[m][v]);
 }
 
-// Rows in one tile of NV vectors: as many accumulators as there are registers for, and never more than kMaxTile.
-constexpr int kMaxTile = 8;
+// Rows in one tile of NV vectors: as many accumulators as there are registers for.
 static constexpr int max_rows(int NV) { return RK_REGISTERS == 32 ? (NV == 4 ? 6 : 8) : (NV == 4 ? 3 : NV == 3 ? 4 : 6); }
 
 template <class M, int NV>
-static void packed_tile(int rows, const typename M::A* const* a, const typename M::W* panel, int64_t steps,
-                        const typename M::CT* start, typename M::CT* out) {
+static void packed_tile(int rows, const typename M::A* const* a, int64_t at, const typename M::W* panel, int64_t steps,
+                        const typename M::CT* start, int start_row, typename M::CT* out) {
   switch (rows) {
-#define RK_CASE(MR)                                                                         \
-  case MR:                                                                                  \
-    if constexpr (MR <= max_rows(NV)) packed_tile<M, MR, NV>(a, panel, steps, start, out); \
+#define RK_CASE(MR)                                                                                            \
+  case MR:                                                                                                     \
+    if constexpr (MR <= max_rows(NV)) packed_tile<M, MR, NV>(a, at, panel, steps, start, start_row, out); \
     return;
     RK_CASE(1) RK_CASE(2) RK_CASE(3) RK_CASE(4) RK_CASE(5) RK_CASE(6) RK_CASE(7) RK_CASE(8)
 #undef RK_CASE
   }
 }
 
-// At most max_rows(NV) rows times one panel.
+// Any number of rows times one panel: out[rows][NV][n] = start[NV][n] + product. Long sums are cut so that the piece of the
+// panel and of the rows in use stays in the second cache.
+template <class M, int NV>
+static void packed_rows(int64_t rows, const typename M::A* const* a, const typename M::W* panel, int64_t steps,
+                        const typename M::CT* start, typename M::CT* out) {
+  constexpr int64_t n = Simd<typename M::CT>::n, kDepth = 512;
+  int64_t tiles = ceil_div(rows, max_rows(NV)), depth = tiles > 1 && steps > 2 * kDepth ? kDepth : steps;
+  for (int64_t k = 0; k < steps; k += depth) {
+    int64_t some = steps - k < depth ? steps - k : depth;
+    for (int64_t tile = 0; tile < tiles; tile++) {
+      Range r = share(rows, tiles, tile);
+      typename M::CT* to = out + r.begin * NV * n;
+      packed_tile<M, NV>(int(r.size()), a + r.begin, k, panel + k * NV * n, some, k ? to : start, k ? NV : 0, to);
+    }
+  }
+}
+
 template <class M>
-static void packed_tile(int rows, int NV, const typename M::A* const* a, const typename M::W* panel, int64_t steps,
+static void packed_rows(int64_t rows, int NV, const typename M::A* const* a, const typename M::W* panel, int64_t steps,
                         const typename M::CT* start, typename M::CT* out) {
   switch (NV) {
-    case 1: return packed_tile<M, 1>(rows, a, panel, steps, start, out);
-    case 2: return packed_tile<M, 2>(rows, a, panel, steps, start, out);
-    case 3: return packed_tile<M, 3>(rows, a, panel, steps, start, out);
-    case 4: return packed_tile<M, 4>(rows, a, panel, steps, start, out);
+    case 1: return packed_rows<M, 1>(rows, a, panel, steps, start, out);
+    case 2: return packed_rows<M, 2>(rows, a, panel, steps, start, out);
+    case 3: return packed_rows<M, 3>(rows, a, panel, steps, start, out);
+    case 4: return packed_rows<M, 4>(rows, a, panel, steps, start, out);
   }
 }
 

@@ -1,0 +1,18 @@
+// Ranges and the shares that threads take of them; no include guard.
+
+struct Range {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
+  int take(int64_t from, int most) const { return int(end - from < most ? end - from : most); }
+  // Blocks of n columns as columns, of `limit` in all.
+  Range columns(int n, int64_t limit) const { return {begin * n, end * n < limit ? end * n : limit}; }
+};
+
+template <class T>
+static inline void copy_columns(const T* from, T* to, Range c) {
+  if (c.size() > 0) __builtin_memcpy(to + c.begin, from + c.begin, c.size() * sizeof(T));
+}
+
+static inline Range share(int64_t total, int64_t parts, int64_t part) { return {total * part / parts, total * (part + 1) / parts}; }
+
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
