@@ -163,13 +163,14 @@ def choose(inputs: ScanInputs) -> str:
 def wants_torch(device: torch.device, dtype: torch.dtype, cell: str, batch: int, packed: bool) -> bool:
     """Whether torch's own kernel should take this call: asked for, or better than the scan backends that are there.
 
-    Automatic choice takes it on devices without a fast scan backend, for dtypes that no scan backend has, and on a CPU
-    without the C++ extension where it is faster than what is left.
+    Automatic choice takes it on devices without a fast scan backend, for dtypes that no scan backend has, in
+    torch.jit.trace (whose graphs run where rnnkern is not), and on a CPU without the C++ extension where it is faster
+    than what is left.
     """
     name = _choice.requested
     if name is not None:
         return name == "torch"
-    if device.type != "cpu" or dtype not in DTYPES:
+    if device.type != "cpu" or dtype not in DTYPES or torch._C._get_tracing_state() is not None:
         return True
     return unavailable("cpp") is not None and _torch_is_faster(dtype, cell, batch, packed)
 

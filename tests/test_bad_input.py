@@ -340,3 +340,11 @@ def test_backends() -> None:
 def test_autocast_does_not_hide_a_wrong_device() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(RuntimeError, match="not at the same device"):
         rnnkern.GRU(I, H)(X, torch.zeros(1, B, H, device="meta"))
+
+
+@pytest.mark.parametrize("kind", SEQUENCES)
+def test_out_of_memory_names_the_size(kind: str, backend: str) -> None:
+    """More than any address space holds; the input itself is one number seen many times."""
+    x = torch.zeros(1, 1, 1).expand(2**40, 2**12, 1)
+    with rnnkern.use_backend(backend), torch.no_grad(), pytest.raises(RuntimeError, match="allocate.* [0-9]{15,}"):
+        module(rnnkern, kind, 1, H)(x)

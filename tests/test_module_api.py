@@ -165,6 +165,32 @@ def test_tied_weights(kind: str) -> None:
     check(gradients(ours, [getattr(first.ours, name)]), expected, expected, "tied")
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@everything
+def test_a_traced_module_needs_no_rnnkern(kind: str) -> None:
+    """torch.jit.trace records torch's own ops; other inputs of the same rank give the right results."""
+    module = pair(kind, 3, 5).ours
+    traced = torch.jit.trace(module, (X,))
+    graph = str(traced.inlined_graph)
+    assert "rnnkern::" not in graph and "^" not in graph  # neither an op nor a Function of ours
+    file = io.BytesIO()
+    torch.jit.save(traced, file)
+    file.seek(0)
+    for x in (X, X[:2] * 2):
+        theirs = flat(module(x))
+        check(flat(torch.jit.load(file)(x)), theirs, theirs, "loaded")
+        file.seek(0)
+
+
+def test_exports() -> None:
+    """torch.export records the scan op once."""
+    module, x = rnnkern.GRU(3, 5, 2).double().eval(), torch.randn(4, 2, 3, dtype=D)
+    with torch._dynamo.config.patch(allow_rnn=True):
+        program = torch.export.export(module, (x,), strict=False)
+    theirs = flat(module(2 * x))
+    check(flat(program.module()(2 * x)), theirs, theirs, "exported")
+
+
 def test_autograd_tools(backend: str) -> None:
     """Checkpointing, saved-tensor hooks, retain_graph, anomaly mode and inference mode."""
     both = pair("LSTM", 3, 5, 2, backend=backend)

@@ -66,7 +66,8 @@ def call(
     if not training or num_layers == 1:
         dropout = 0.0
     tensors = (input, *(h.contiguous() for h in hx), *params)
-    needed = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    traced = torch._C._get_tracing_state() is not None  # a graph of torch's ops, which a Function would not be
+    needed = torch.is_grad_enabled() and any(t.requires_grad for t in tensors) and not traced
     how = Call(cell, bias, num_layers, dropout, training or needed, bidirectional, batch_first, batch_sizes, autocast)
     y, *final = Whole.apply(how, *tensors) if needed else _kernel(how, tensors)
     return y, tuple(final)
