@@ -229,7 +229,7 @@ def allowed(step: int, loss: float, eps: float) -> float:
 def same_gradients(theirs: Run, ours: Run, x: Tensor, target: Tensor, eps: float) -> None:
     """Before the first step, both must give the same loss and gradients; also compiles and warms up both.
 
-    Seen apart by five eps of a gradient's norm at most, in four dtypes, three cells, one and two layers, 200 steps in time.
+    Seen apart by five eps of a gradient's norm at most, in four dtypes, three cells, one and two layers, T=200.
     """
     losses = [run.gradients(x, target).item() for run in (theirs, ours)]
     ours.backend = dispatch.last()
