@@ -24,7 +24,6 @@ class ForwardScan {
     out_blocks_ = ceil_div(f.P, n);
     split_ = Split::choose(f, max_threads, blocks_, G * f.H * f.P, f.gx ? 0 : G * f.H * f.I, kFairRows);
     pack_hh_ = f.T >= 4 && f.S >= 16;
-    if (getenv("RK_PACK")) pack_hh_ = atoi(getenv("RK_PACK"));
     pack_ih_ = !f.gx && f.S >= 24;
     h_stride_ = ceil_div(f.P, M::kStep) * M::kStep;
     m_stride_ = ceil_div(f.H, M::kStep) * M::kStep;
