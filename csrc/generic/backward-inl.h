@@ -157,11 +157,8 @@ class BackwardScan {
         int64_t row = rows_.at(t, i);
         const ST* dy = (const ST*)f_.dy + row * f_.dy_s + job.g * f_.dy_n;
         Entering from = entering(job, t, i, row);
-        int64_t ahead = rows_.next(t, i, !job.w.reverse);
-        if (ahead >= 0) ahead = rows_.at(ahead, i);
         for (int64_t b = job.own.begin; b < job.own.end; b++) {
           int64_t j = b * n;
-          if (ahead >= 0) prefetch(job, ahead, j);
           int valid = int(f_.H - j < n ? f_.H - j : n);
           cell_back(job, row, i, j, valid, parity, from, load(dy + j, valid) + load(dh_at(job.g, i) + j));
         }
@@ -223,12 +220,16 @@ class BackwardScan {
     return {h, c, fresh};
   }
 
-  // What the next step will read and write of these columns, towards the second cache while the product runs.
-  RK_INLINE void prefetch(const Job& job, int64_t row, int64_t j) const {
-    int64_t at = row * f_.N + job.g;
-    __builtin_prefetch((const ST*)f_.dy + row * f_.dy_s + job.g * f_.dy_n + j, 0, 2);
-    for (int q = 0; q < Q; q++) __builtin_prefetch((const ST*)f_.planes + (at * Q + q) * f_.H + j, 0, 2);
-    for (int k = 0; k < G; k++) __builtin_prefetch((const ST*)f_.dgx + at * G * f_.H + k * f_.H + j, 1, 2);
+  // What step t will read and write of this thread's columns, for some of its rows.
+  void prefetch(const Job& job, int64_t t, Range some) const {
+    Range own = job.own.columns(n, f_.H);
+    for (int64_t k = some.begin; k < some.end; k++) {
+      int64_t row = rows_.at(t, job.rows[k]), at = row * f_.N + job.g;
+      prefetch_columns((const ST*)f_.dy + row * f_.dy_s + job.g * f_.dy_n, own.end <= f_.P ? own : job.out.columns(n, f_.P), false);
+      for (int q = 0; q < Q; q++) prefetch_columns((const ST*)f_.planes + (at * Q + q) * f_.H, own, false);
+      for (int g = 0; g < G; g++) prefetch_columns((const ST*)f_.dgx + (at * G + g) * f_.H, own, true);
+      if (K > 1) prefetch_columns((const CT*)f_.seq + at * f_.H, own, false);
+    }
   }
 
   RK_INLINE void cell_back(const Job& job, int64_t row, int64_t i, int64_t j, int valid, int parity, const Entering& from, V dh) {
@@ -265,10 +266,12 @@ class BackwardScan {
   // Gradient of the entering h for this thread's outputs: the product with W_hh on top of the cell's own path.
   void carry_back(const Job& job, int64_t t, int64_t count, int parity) {
     for (int64_t i = 0; i < count; i++) job.a_rows[i] = dg_at(job.g, parity, job.rows[i]);
-    int64_t panels = ceil_div(job.out.size(), 4);
+    int64_t panels = ceil_div(job.out.size(), 4), ahead = job.w.reverse ? t + 1 : t - 1;
+    int64_t coming = ahead >= 0 && ahead < f_.T ? rows_.alive(ahead, job.rows) : 0;
     for (int64_t p = 0; p < panels; p++) {
       int64_t b = job.out.begin + (parity ? panels - 1 - p : p) * 4;
       int units = job.out.take(b, 4);
+      prefetch(job, ahead, share(coming, panels, p));
       back_product(count, units, job.a_rows, pack_ ? hh_ + (job.g * out_blocks_ + b) * n * hh_steps_ : nullptr, hh_steps_,
                    (const ST*)job.w.w_hh, f_.P, G * f_.H, b, job.sums);
       for (int64_t i = 0; i < count; i++) {

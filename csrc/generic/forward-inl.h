@@ -234,15 +234,27 @@ class ForwardScan {
       }
   }
 
+  // What step t will write of this thread's columns, for some of its rows.
+  void prefetch(const Job& job, int64_t t, Range some) const {
+    Range own = job.own.columns(n, f_.H);
+    for (int64_t k = some.begin; k < some.end; k++) {
+      int64_t at = rows_.at(t, job.rows[k]) * f_.N + job.g;
+      for (int q = 0; q < Cell::kPlanes; q++) prefetch_columns((const ST*)f_.planes + (at * Cell::kPlanes + q) * f_.H, own, true);
+      if (Cell::kStates > 1) prefetch_columns((const CT*)f_.seq + at * f_.H, own, true);
+    }
+  }
+
   // One step for this thread's columns.
   void advance(const Job& job, int64_t t, int64_t count, int64_t base, int parity) {
     for (int64_t i = 0; i < count; i++) job.a_rows[i] = h_at(job.g, parity, job.rows[i]);
     // Back and forth: what the last step read last is still in the nearest cache.
-    int64_t panels = ceil_div(job.own.size(), kUnits);
+    int64_t panels = ceil_div(job.own.size(), kUnits), ahead = job.w.reverse ? t - 1 : t + 1;
+    int64_t coming = f_.planes && ahead >= 0 && ahead < f_.T ? rows_.alive(ahead, job.rows) : 0;
     for (int64_t p = 0; p < panels; p++) {
       int64_t b = job.own.begin + (parity ? panels - 1 - p : p) * kUnits, at = (job.g * blocks_ + b) * G * n;
       int units = job.own.take(b, kUnits);
       const CT* gx = f_.gx ? nullptr : job.gx + (b - job.own.begin) * G * n * chunk_rows_ + base * units * G * n;
+      prefetch(job, ahead, share(coming, panels, p));
       product(count, units, job.a_rows, pack_hh_ ? hh_ + at * hh_steps_ : nullptr, hh_steps_, (const ST*)job.w.w_hh, f_.P, b,
               bias_hh_ + at, job.sums);
       for (int64_t i = 0; i < count; i++)

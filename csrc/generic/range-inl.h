@@ -16,3 +16,14 @@ static inline void copy_columns(const T* from, T* to, Range c) {
 static inline Range share(int64_t total, int64_t parts, int64_t part) { return {total * part / parts, total * (part + 1) / parts}; }
 
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Towards the second cache, while a product runs: what will be read, and what will be written.
+template <class T>
+static inline void prefetch_columns(const T* row, Range c, bool write) {
+  const char* end = (const char*)(row + c.end);
+  for (const char* p = (const char*)(row + c.begin); p < end; p += 64)
+    if (write)
+      __builtin_prefetch(p, 1, 2);
+    else
+      __builtin_prefetch(p, 0, 2);
+}

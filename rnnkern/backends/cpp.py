@@ -7,9 +7,13 @@ import os
 import torch
 from torch import Tensor
 
-from .. import _cpu
-from ..cells import CELLS
-from .base import ScanGrads, ScanInputs, ScanOutputs, ScanSpec, accumulation_dtype
+from rnnkern.backends.base import ScanGrads, ScanInputs, ScanOutputs, ScanSpec, accumulation_dtype
+from rnnkern.cells import CELLS
+
+try:
+    from rnnkern import _cpu
+except ImportError as error:
+    raise ImportError(f"the C++ extension was not built ({error}); pip install -v shows why") from error
 
 _CELLS = {"rnn_tanh": 0, "rnn_relu": 1, "lstm": 2, "gru": 3}
 _DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -35,6 +39,8 @@ class Cpp:
             reasons.append(f"cell {spec.cell}: only {', '.join(_CELLS)}")
         reasons += [f"parameter {p}" for p in spec.params if p not in _PARAMS]
         reasons += [f"mask {m}" for m in spec.noise]
+        if spec.cell == "gru" and "w_hr" in spec.params:
+            reasons.append("a projected gru: its step reads h at full width")
         reasons += [word for word in _UNDONE if getattr(spec, word) not in (0.0, (0.0, 0.0))]
         return reasons
 
