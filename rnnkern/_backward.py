@@ -83,7 +83,7 @@ class LayerBackward(torch.autograd.Function):
         Returns the function, its arguments, and where among the tensors of `forward` each of those stands.
         """
         plan, T, B, count, tensors = ctx.plan, ctx.T, ctx.B, ctx.count, ctx.saved_tensors
-        k, inputs_at, K = plan.differentiable, len(tensors) - count, len(plan.cell.states)
+        k, inputs_at = plan.differentiable, len(tensors) - count
         places = [i for i in range(k) if tensors[i].dim() > 1]
         places += [i for i in range(inputs_at, len(tensors)) if tensors[i].is_floating_point()]
 
@@ -91,13 +91,8 @@ class LayerBackward(torch.autograd.Function):
             full = list(tensors)
             for i, value in zip(places, values, strict=True):
                 full[i] = value
-            d, _, (x, *rest) = parts(plan, count, full)
-            args = tuple(rest)
-            inputs, out = run_reference(plan, T, B, x, args)
-            grads = REFERENCE.backward(inputs, out, d[0], d[1 : 1 + K], d[1 + K :])
-            w_ih, _ = plan.projection(args)
-            found = layer_gradients(plan, inputs, x, w_ih, out.y, out.hidden, grads, asked, in_place=False)
-            return tuple(v for v in found if v is not None)
+            d, _, layer_inputs = parts(plan, count, full)
+            return tuple(v for v in gradients_in_torch(plan, T, B, asked, d, layer_inputs) if v is not None)
 
         return gradients, [tensors[i] for i in places], places
 
@@ -154,6 +149,17 @@ class LayerBackward(torch.autograd.Function):
             folded = replace(folded, samples=max(plan.samples, 1) * n)
         grads = LayerBackward.apply(folded, backend, T, fold.B, asked, len(fold.args), *outer, *fold.args)
         return fold.split_gradients(grads)
+
+
+def gradients_in_torch(
+    plan: Plan, T: int, B: int, asked: Sequence[bool], d: Sequence[Tensor], layer_inputs: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """The layer's asked gradients from its inputs alone, in plain torch operations: differentiable to any order."""
+    x, args, K = layer_inputs[0], tuple(layer_inputs[1:]), len(plan.cell.states)
+    inputs, out = run_reference(plan, T, B, x, args)
+    grads = REFERENCE.backward(inputs, out, d[0], tuple(d[1 : 1 + K]), tuple(d[1 + K :]))
+    w_ih, _ = plan.projection(args)
+    return layer_gradients(plan, inputs, x, w_ih, out.y, out.hidden, grads, asked, in_place=False)
 
 
 def parts(plan: Plan, count: int, tensors: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], ...]:

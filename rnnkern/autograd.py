@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rnnkern import _ops, dispatch
-from rnnkern._backward import LayerBackward, tangents_of
+from rnnkern._backward import LayerBackward, gradients_in_torch, tangents_of
 from rnnkern._fold import Fold, Mapped, one_by_one, sample
 from rnnkern._plan import Plan, cached_plan, make_plan, shape_only
 from rnnkern._run import (
@@ -30,6 +30,7 @@ from rnnkern._run import (
 from rnnkern.backends.base import ScanInputs
 
 _wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 class Group(NamedTuple):
@@ -192,6 +193,16 @@ class Layer(torch.autograd.Function):
         run = LayerBackward.forward if once else LayerBackward.apply
         wanted = ctx.needs_input_grad[5:]
         outputs, inputs = saved[ctx.count :], saved[: ctx.count]
+        # autograd.grad(is_grads_batched=True) maps by the older vmap, which knows no Function and no backend.
+        if not torch.compiler.is_compiling() and any(v is not None and _batched(v) for v in d):
+            return (
+                None,
+                None,
+                None,
+                None,
+                None,
+                *gradients_in_torch(plan, ctx.T, ctx.B, wanted, (dy, *dfinal, *dseq), inputs),
+            )
         grads = run(plan, ctx.backend, ctx.T, ctx.B, wanted, ctx.count, dy, *dfinal, *dseq, *outputs, *inputs)
         return None, None, None, None, None, *grads
 

@@ -90,9 +90,13 @@ def test_step_is_torchs_cell(cell):
 
 def test_shared_derivatives():
     v = torch.tensor([-3.0, -0.5, 0.0, 0.5, 3.0], dtype=D, requires_grad=True)
-    for act, of_output in ((torch.sigmoid, d_sigmoid), (torch.tanh, d_tanh), (torch.relu, d_relu)):
+    for act, of_output in ((torch.sigmoid, d_sigmoid), (torch.tanh, d_tanh)):
         truth = torch.autograd.grad(act(v).sum(), v)
         check([of_output(act(v))], truth, truth, act.__name__)
+    strange = torch.tensor([float("nan"), 1.0, float("nan"), float("nan"), float("inf")], dtype=D)
+    for at, d in ((v, torch.randn(5, dtype=D)), (v, strange), (strange.clone().requires_grad_(), strange)):
+        truth = torch.autograd.grad(at.relu(), at, d)
+        check([d_relu(d, at.relu())], truth, truth, "relu")
     truth = torch.autograd.grad(clip(v, 0.7).sum(), v)
     check([d_clip(torch.ones_like(v), v, 0.7)], truth, truth, "clip")
     assert clip(v, 0.0) is v

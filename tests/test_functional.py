@@ -360,6 +360,10 @@ def test_batched_gradients(kind: str, backend: str) -> None:
     one_by_one = [torch.autograd.grad(y, wrt, b, retain_graph=True) for b in basis]
     expected = [torch.stack(g) for g in zip(*one_by_one, strict=True)]
     check(batched, expected, expected, "batched gradients")
+    again = torch.autograd.grad(y, x, basis, is_grads_batched=True, create_graph=True)[0]
+    alone = torch.stack([torch.autograd.grad(y, x, b, create_graph=True)[0] for b in basis])
+    second = [torch.autograd.grad(g.square().sum(), wrt, retain_graph=True) for g in (again, alone)]
+    check(second[0], second[1], second[1], "derivatives of batched gradients")
 
 
 @pytest.mark.parametrize("kind", ["LSTM"])  # each takes seconds; test_ops.py compiles every cell's layer

@@ -17,8 +17,9 @@ def d_tanh(y: Tensor) -> Tensor:
     return 1 - y * y
 
 
-def d_relu(y: Tensor) -> Tensor:
-    return torch.where(y <= 0, 0, torch.ones_like(y))  # NaN compares false and goes on, as in torch
+def d_relu(d: Tensor, y: Tensor) -> Tensor:
+    """The gradient at v of ``y = relu(v)``. As in torch, a NaN in d ends at a dead unit, and one in y is not dead."""
+    return torch.where(y <= 0, 0, d)
 
 
 def clip(v: Tensor, bound: float) -> Tensor:

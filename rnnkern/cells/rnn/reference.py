@@ -24,7 +24,7 @@ def relu_step(gx: Row, gh: Row, states: Row, aux: Aux) -> tuple[Row, Row]:
 
 
 def relu_step_backward(dstates: Row, planes: Row, states: Row, aux: Aux) -> StepGrads:
-    return _backward(dstates[0] * d_relu(planes[0]), states)
+    return _backward(d_relu(dstates[0], planes[0]), states)
 
 
 def _backward(da: Tensor, states: Row) -> StepGrads:
