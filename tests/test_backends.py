@@ -7,25 +7,32 @@ A new backend or cell is covered by being registered; what a backend refuses is 
 from __future__ import annotations
 
 import dataclasses
-import random
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
-from tolerance import check, check_grad
+from scans import (
+    DTYPES,
+    REFERENCE,
+    Case,
+    agree,
+    assert_same_bits,
+    compare,
+    drawn,
+    existing,
+    gradients_of,
+    inputs_of,
+    run,
+    tensors,
+    wide,
+)
 from torch import Tensor
 
 from rnnkern import dispatch
-from rnnkern.backends.base import Backend, ScanGrads, ScanInputs, ScanOutputs, ScanSpec, accumulation_dtype
+from rnnkern.backends.base import Backend, ScanInputs, ScanSpec
 from rnnkern.cells import CELLS
 
 BACKENDS = [name for name in dispatch.ORDER if name != "reference"]
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-REFERENCE = dispatch.backend("reference")
-
 # What a backend must do; the other axes may be refused, by name.
 AXES: dict[str, list] = {
     "T": [1, 2, 9],
@@ -42,47 +49,6 @@ AXES: dict[str, list] = {
 }
 
 
-@dataclass(frozen=True)
-class Case:
-    cell: str = "lstm"
-    dtype: torch.dtype = torch.float32
-    T: int = 5
-    B: int = 7
-    H: int = 17
-    layout: str = "dense"
-    reverse: tuple[bool, ...] = (False, True)
-    bias: bool = True
-    project: bool = False
-    save: str = "all"
-    strided: bool = False
-    dseq: bool = True
-    reset: str = ""
-    seed: int = 0
-
-    def __str__(self) -> str:
-        walk = "".join("<" if r else ">" for r in self.reverse)
-        words = [name for name in ("bias", "project", "strided", "dseq") if getattr(self, name)]
-        kind = str(self.dtype).removeprefix("torch.")
-        parts = [self.cell, kind, f"T{self.T}", f"B{self.B}", f"H{self.H}", self.layout, walk, self.save, *words]
-        return "-".join([*parts, f"reset_{self.reset}" if self.reset else "keep"])
-
-
-def drawn(count: int) -> list[Case]:
-    """For each cell and dtype `count` cases in which every value of every axis occurs, in ever different company."""
-    cases = []
-    for cell in CELLS:
-        for dtype in DTYPES:
-            rng = random.Random(f"{cell} {dtype}")
-            columns = {}
-            for name, values in AXES.items():
-                column = [values[k % len(values)] for k in range(count)]
-                rng.shuffle(column)
-                columns[name] = column
-            for k in range(count):
-                cases.append(Case(cell, dtype, **{name: column[k] for name, column in columns.items()}, seed=k))
-    return cases
-
-
 def chosen() -> list[Case]:
     """Sizes that drawing them would make too many of: no rows at all, and more columns than any tile."""
     cases = []
@@ -95,157 +61,6 @@ def chosen() -> list[Case]:
             # Enough work in a step for any driver's way with large products and threads.
             cases.append(Case(cell, dtype, T=3, B=65, H=256, layout="packed", reset="zero", reverse=(False,)))
     return cases
-
-
-def lengths_of(case: Case, rng: random.Random) -> list[int] | None:
-    if case.layout == "dense":
-        return None
-    if case.layout == "packed":
-        return sorted((rng.randint(1, case.T) for _ in range(case.B)), reverse=True)
-    return [rng.randint(0, case.T) for _ in range(case.B)]
-
-
-def spread(tensor: Tensor, strided: bool) -> Tensor:
-    """The same values in the last columns of a wider tensor with its first two dimensions swapped."""
-    if not strided:
-        return tensor
-    wide = tensor.new_full((tensor.shape[1], tensor.shape[0], tensor.shape[2] + 5), float("nan"))
-    wide[..., 5:] = tensor.transpose(0, 1)
-    return wide.transpose(0, 1)[..., 5:]
-
-
-def inputs_of(case: Case) -> ScanInputs:
-    cell, rng, generator = CELLS[case.cell], random.Random(case.seed), torch.Generator().manual_seed(case.seed)
-    T, B, H, N, G = case.T, case.B, case.H, len(case.reverse), len(cell.gates)
-    # A cell that mixes h into its new state has no h of another width.
-    P = max(1, H // 2) if case.project and len(cell.states) > 1 else H
-    accumulate = accumulation_dtype(case.dtype)
-
-    def normal(*shape: int, dtype: torch.dtype = case.dtype) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    def states(rows: int) -> tuple[Tensor, ...]:
-        rest = (normal(N, rows, H, dtype=accumulate) for _ in cell.states[1:])
-        return normal(N, rows, P), *rest
-
-    lengths, offsets, S = lengths_of(case, rng), None, T * B
-    if case.layout == "packed":
-        alive = [sum(length > t for length in lengths or []) for t in range(T)]
-        offsets = torch.tensor([sum(alive[:t]) for t in range(T)], dtype=torch.int64)
-        S = sum(alive)
-    params = []
-    for _ in range(N):
-        group = [normal(G * H, P) / P**0.5]
-        if case.bias:
-            group.append(normal(G * H))
-        if case.project:
-            group.append(normal(P, H) / H**0.5)
-        params.append(tuple(group))
-    names = ("w_hh", *(("b_hh",) if case.bias else ()), *(("w_hr",) if case.project else ()))
-    reset = None
-    if case.reset:
-        reset = torch.rand((S, 1), generator=generator).lt(0.3).expand(S, N)
-    learned = tuple(s.expand(-1, B, -1) for s in states(1)) if case.reset == "learned" else ()
-    return ScanInputs(
-        spec=ScanSpec(case.cell, case.reverse, names, save=case.save),
-        T=T,
-        B=B,
-        gx=spread(normal(S, N, G * H), case.strided),
-        states=tuple(spread(s, case.strided) for s in states(B)),
-        params=tuple(params),
-        offsets=offsets,
-        lengths=None if lengths is None else torch.tensor(lengths, dtype=torch.int64),
-        reset=reset,
-        reset_states=learned,
-    )
-
-
-def gradients_of(case: Case, inputs: ScanInputs) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """dy (of stride 0 if strided), dfinal and dseq."""
-    generator = torch.Generator().manual_seed(case.seed + 1)
-
-    def like(shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    S, N = inputs.gx.shape[:2]
-    P = inputs.states[0].shape[-1]
-    dy = like(torch.Size((1, 1, P) if case.strided else (S, N, P)), case.dtype).expand(S, N, P)
-    dfinal = tuple(spread(like(s.shape, s.dtype), case.strided) for s in inputs.states)
-    rest = inputs.states[1:]
-    dseq = tuple(
-        like(torch.Size((S, N, s.shape[-1])), s.dtype) if case.dseq else torch.zeros(0, dtype=s.dtype) for s in rest
-    )
-    return dy, dfinal, dseq
-
-
-def wide(value: Any) -> Any:
-    """The same values in fp64."""
-    if isinstance(value, Tensor):
-        return value.double() if value.is_floating_point() else value
-    if isinstance(value, tuple) and not isinstance(value, str):
-        return tuple(wide(v) for v in value)
-    if isinstance(value, ScanInputs):
-        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.name != "spec"}
-        return ScanInputs(value.spec, **{k: wide(v) for k, v in fields.items()})
-    return value
-
-
-def tensors(result: ScanOutputs | ScanGrads | ScanInputs) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a result with its name."""
-
-    def walk(name: str, value: object) -> Iterator[tuple[str, Tensor]]:
-        if isinstance(value, Tensor):
-            yield name, value
-        elif isinstance(value, tuple):
-            for k, v in enumerate(value):
-                yield from walk(f"{name}[{k}]", v)
-
-    for field in dataclasses.fields(result):
-        yield from walk(field.name, getattr(result, field.name))
-
-
-def run(backend: Backend, inputs: ScanInputs, grads: tuple) -> list[ScanOutputs | ScanGrads]:
-    """Forward and, if it was saved for, backward, given no more than the contract allows backward to read."""
-    outputs = backend.forward(inputs)
-    if inputs.spec.save != "all":
-        return [outputs]
-    shape_only = inputs.gx.new_full((), float("nan")).expand(inputs.gx.shape)
-    kept = dataclasses.replace(outputs, final=())
-    return [outputs, backend.backward(dataclasses.replace(inputs, gx=shape_only), kept, *grads)]
-
-
-Results = list[ScanOutputs | ScanGrads]
-
-
-def existing(inputs: ScanInputs) -> Tensor:
-    """[S] which rows are some step's."""
-    if inputs.lengths is None or inputs.offsets is not None:
-        return torch.ones(inputs.gx.shape[0], dtype=torch.bool)
-    return (torch.arange(inputs.T)[:, None] < inputs.lengths).flatten()
-
-
-def agree(ours: Results, yardsticks: Results, truths: Results, inputs: ScanInputs) -> None:
-    exist = existing(inputs)
-    for mine, yardstick, truth in zip(ours, yardsticks, truths, strict=True):
-        rule = check if isinstance(mine, ScanOutputs) else check_grad
-        for (what, a), (_, b), (_, c) in zip(tensors(mine), tensors(yardstick), tensors(truth), strict=True):
-            if what == "planes" and a.numel():  # only backward reads them: rows past a length may hold anything
-                a, b, c = a[exist], b[exist], c[exist]
-            assert a.shape == b.shape, f"{what}: shape {tuple(a.shape)}, not {tuple(b.shape)}"
-            assert a.dtype == b.dtype, f"{what}: {a.dtype}, not {b.dtype}"
-            rule(a, b, c, what, inputs.gx.dtype)  # in bf16 an fp32 state is no better than its h
-
-
-def assert_same_bits(first: Results, second: Results, inputs: ScanInputs) -> None:
-    exist = existing(inputs)
-    for one, two in zip(first, second, strict=True):
-        for (what, a), (_, b) in zip(tensors(one), tensors(two), strict=True):
-            assert torch.equal(*((a[exist], b[exist]) if what == "planes" else (a, b))), what
-
-
-def compare(backend: Backend, inputs: ScanInputs, grads: tuple) -> None:
-    ours, yardsticks = run(backend, inputs, grads), run(REFERENCE, inputs, grads)
-    agree(ours, yardsticks, run(REFERENCE, wide(inputs), wide(grads)), inputs)
 
 
 def demand(backend: Backend, inputs: ScanInputs, case: Case) -> None:
@@ -264,7 +79,7 @@ def scan(request: pytest.FixtureRequest) -> Backend:
     return dispatch.backend(request.param)
 
 
-@pytest.mark.parametrize("case", [*drawn(18), *chosen()], ids=str)
+@pytest.mark.parametrize("case", [*drawn(18, AXES), *chosen()], ids=str)
 def test_equals_the_reference(scan: Backend, case: Case) -> None:
     inputs = inputs_of(case)
     demand(scan, inputs, case)
