@@ -21,6 +21,7 @@ class BackwardScan {
     blocks_ = ceil_div(f.H, n);
     out_blocks_ = ceil_div(f.P, n);
     split_ = Split::choose(f, max_threads, blocks_, G * f.H * f.P, 0, kFairRows);
+    rows_.deal(split_.rows);
     pack_ = f.T >= 4 && f.S >= 16;
     c_stride_ = blocks_ * n;
     h_stride_ = out_blocks_ * n;
@@ -52,8 +53,7 @@ class BackwardScan {
     prepare(rank);
     barriers_[0].wait();
     int team = rank / split_.cols;
-    Deal rows{team % split_.rows, split_.rows};
-    for (int64_t g = team / split_.rows; g < f_.N; g += split_.groups) scan(g, rows, rank);
+    for (int64_t g = team / split_.rows; g < f_.N; g += split_.groups) scan(g, rank);
   }
 
  private:
@@ -76,9 +76,12 @@ class BackwardScan {
           if (split_.packer(g, col, b / 4) == rank)
             pack_nn<M>((const ST*)w.w_hr, f_.H, f_.P, b * n, f_.H - b * n, own.take(b, 4), hr_ + (g * blocks_ + b) * n * hr_steps_);
       }
-      Range mine = share(f_.B, split_.threads(), rank);
-      for (int64_t i = mine.begin; i < mine.end; i++) start_row(g, i);
     }
+    int team = rank / split_.cols;
+    Deal rows = Deal::of(f_.B, split_.rows, team % split_.rows);
+    Range mine = share(rows.size, split_.cols, rank % split_.cols);
+    for (int64_t g = team / split_.rows; g < f_.N; g += split_.groups)
+      for (int64_t k = mine.begin; k < mine.end; k++) start_row(g, rows[k]);
   }
 
   CT* dh_at(int64_t g, int64_t i) { return dh_ + (g * f_.B + i) * h_stride_; }
@@ -111,9 +114,10 @@ class BackwardScan {
     const A** a_rows;
   };
 
-  void scan(int64_t g, Deal rows, int rank) {
+  void scan(int64_t g, int rank) {
     int col = rank % split_.cols;
     Barrier& barrier = barriers_[1 + rank / split_.cols];
+    Deal rows = Deal::of(f_.B, split_.rows, rank / split_.cols % split_.rows);
     Job job{f_.weights[g], g, rows, share(blocks_, split_.cols, col), share(out_blocks_, split_.cols, col),
             sums_ + rank * f_.B * 4 * n, a_rows_ + rank * f_.B};
     int parity = 0;
@@ -297,7 +301,8 @@ class BackwardScan {
 
   void finish(const Job& job) {
     Range h = job.out.columns(n, f_.P), c = job.own.columns(n, f_.H);
-    for (int64_t i = job.rows.first; i < f_.B; i += job.rows.stride) {
+    for (int64_t k = 0; k < job.rows.size; k++) {
+      int64_t i = job.rows[k];
       int64_t to = job.g * f_.B + rows_.batch_row(i), from = job.g * f_.B + i;
       narrow_columns(dh_ + from * h_stride_, (ST*)f_.dstate[0] + to * f_.P, h);
       if constexpr (K > 1) narrow_columns(dc_ + from * c_stride_, (CT*)f_.dstate[1] + to * f_.H, c);

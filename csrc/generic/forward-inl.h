@@ -23,6 +23,7 @@ class ForwardScan {
     blocks_ = ceil_div(f.H, n);
     out_blocks_ = ceil_div(f.P, n);
     split_ = Split::choose(f, max_threads, blocks_, G * f.H * f.P, f.gx ? 0 : G * f.H * f.I, kFairRows);
+    rows_.deal(split_.rows);
     pack_hh_ = f.T >= 4 && f.S >= 16;
     pack_ih_ = !f.gx && f.S >= 24;
     h_stride_ = ceil_div(f.P, M::kStep) * M::kStep;
@@ -66,8 +67,7 @@ class ForwardScan {
     prepare(rank);
     barriers_[0].wait();
     int team = rank / split_.cols;
-    Deal rows{team % split_.rows, split_.rows};
-    for (int64_t g = team / split_.rows; g < f_.N; g += split_.groups) scan(g, rows, rank);
+    for (int64_t g = team / split_.rows; g < f_.N; g += split_.groups) scan(g, rank);
   }
 
  private:
@@ -99,9 +99,12 @@ class ForwardScan {
           for (int64_t b = out.begin; b < out.end; b += 4)
             if (split_.packer(g, col, b / 4) == rank) pack_projection(g, b, out.take(b, 4));
       }
-      Range mine = share(f_.B, split_.threads(), rank);
-      for (int64_t i = mine.begin; i < mine.end; i++) enter_row(g, i);
     }
+    int team = rank / split_.cols;
+    Deal rows = Deal::of(f_.B, split_.rows, team % split_.rows);
+    Range mine = share(rows.size, split_.cols, rank % split_.cols);
+    for (int64_t g = team / split_.rows; g < f_.N; g += split_.groups)
+      for (int64_t k = mine.begin; k < mine.end; k++) enter_row(g, rows[k]);
   }
 
   void pack_gates(int64_t g, int64_t block, int units) {
@@ -166,9 +169,10 @@ class ForwardScan {
     const A **x_rows, **a_rows;
   };
 
-  void scan(int64_t g, Deal rows, int rank) {
+  void scan(int64_t g, int rank) {
     int col = rank % split_.cols;
     Barrier& barrier = barriers_[1 + rank / split_.cols];
+    Deal rows = Deal::of(f_.B, split_.rows, rank / split_.cols % split_.rows);
     Job job{f_.weights[g], g, rows, share(blocks_, split_.cols, col), share(out_blocks_, split_.cols, col),
             gx_ + rank * gx_size_, sums_ + rank * f_.B * kWide * n, x_ + rank * x_size_, x_rows_ + rank * chunk_rows_,
             a_rows_ + rank * f_.B};
@@ -338,7 +342,8 @@ class ForwardScan {
   // Final states of this thread's columns: h as y has it; c as it stands.
   void finish(const Job& job) {
     Range h_cols = (projected_ ? job.out : job.own).columns(n, f_.P), c_cols = job.own.columns(n, f_.H);
-    for (int64_t i = job.rows.first; i < f_.B; i += job.rows.stride) {
+    for (int64_t k = 0; k < job.rows.size; k++) {
+      int64_t i = job.rows[k];
       int64_t to = job.g * f_.B + rows_.batch_row(i);
       const ST* h = (const ST*)f_.state[0] + to * f_.P;
       if (rows_.length(i)) h = (const ST*)f_.y + (rows_.at(rows_.last(i, job.w.reverse), i) * f_.N + job.g) * f_.P;

@@ -56,16 +56,23 @@ RK_INLINE void exp_parts(V x, V* scale, V* p) {
   *p = E::tail(r) * (r * r) + r;
 }
 
+// Written so that they become one instruction each and let NaN through.
+template <class V>
+RK_INLINE V at_most(V x, V limit) {
+  return limit < x ? limit : x;
+}
+template <class V>
+RK_INLINE V at_least(V x, V limit) {
+  return limit > x ? limit : x;
+}
+
 template <class V, class CT>
 RK_INLINE V sigmoid_of(V x) {
   typedef Exp<CT> E;
-  typedef typename Simd<CT>::i I;
-  V a = (V)((I)x & ~E::sign);  // |x|: exp(-|x|) cannot overflow
   V scale, p;
-  exp_parts<V, CT>(-(a > E::tiny ? splat(E::tiny) : a), &scale, &p);
-  V e = scale * p + scale;
-  V numerator = x < 0 ? (a > E::tiny ? splat(CT(0)) : e) : splat(CT(1));
-  return numerator / (e + 1);
+  exp_parts<V, CT>(at_least(at_most(-x, splat(E::tiny)), splat(-E::tiny)), &scale, &p);
+  V r = 1 / (scale * p + (scale + 1));
+  return x < -E::tiny ? splat(CT(0)) : r;
 }
 
 template <class V, class CT>
@@ -75,7 +82,7 @@ RK_INLINE V tanh_of(V x) {
   V a = (V)((I)x & ~E::sign);
   V scale, p;
   a = a + a;
-  exp_parts<V, CT>(a > E::saturated ? splat(E::saturated) : a, &scale, &p);
+  exp_parts<V, CT>(at_most(a, splat(E::saturated)), &scale, &p);
   V e = scale * p + (scale - 1);  // expm1(2|x|): no cancellation near zero
   V r = e / (e + 2);
   return (V)((I)r | ((I)x & E::sign));

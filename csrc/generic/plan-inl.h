@@ -2,14 +2,21 @@
 // namespace.
 //
 // A thread works on a group, a share of the batch rows and a share of the columns. Threads that share a group and rows are
-// a team: they meet at a barrier once a step. Batch rows are taken in order of descending length, so that the rows alive
-// at a step are always the first ones, and dealt out in turn, so that every share lives as long as the others.
+// a team: they meet at a barrier once a step. Batch rows are sorted by descending length and dealt to the shares in turn,
+// so that every share lives as long as the others and its rows alive at a step are its first ones. The rows of a share are
+// neighbours in every buffer: no core's prefetcher reaches into rows that another one writes.
 
+// One share of the batch rows: places [begin, begin + size) in the order of Rows, dealt at turn `turn` of `turns`.
 struct Deal {
-  int64_t first, stride;
-  int64_t operator[](int64_t i) const { return first + i * stride; }
-  // How many of this share are among the first `total` rows.
-  int64_t count(int64_t total) const { return total <= first ? 0 : (total - first + stride - 1) / stride; }
+  int64_t begin, size, turn, turns;
+  int64_t operator[](int64_t k) const { return begin + k; }
+
+  static Deal of(int64_t B, int64_t turns, int64_t turn) {
+    int64_t extra = B % turns;  // the first shares have a row more
+    return {B / turns * turn + (turn < extra ? turn : extra), B / turns + (turn < extra), turn, turns};
+  }
+  // How many of this share are among the `total` longest rows.
+  int64_t among(int64_t total) const { return total <= turn ? 0 : ceil_div(total - turn, turns); }
 };
 
 struct Split {
@@ -47,6 +54,15 @@ struct Split {
 
   static constexpr int64_t kWorthARegion = 600 * 1000;   // about 10 us on one core
   static constexpr int64_t kWorthABarrier = 50 * 1000;   // about 1 us: a barrier and the other threads' share of h
+  Deal deal(int64_t B, bool ragged, int team) const {
+    int64_t r = team % rows;
+    Range mine = share(B, rows, r);
+    if (!ragged) return {mine.begin, 1, mine.size(), mine.begin};
+    return {r, rows, (B - r + rows - 1) / rows, r * ceil_div(B, rows)};
+  }
+  // Rows that buffers of all shares need.
+  int64_t dealt(int64_t B) const { return ceil_div(B, rows) * rows; }
+
   // Who packs panel `index` of share `col` of group g: a thread that will read it, so that it starts out in its cache.
   int packer(int64_t g, int col, int64_t index) const { return int((g % groups * rows + index % rows) * cols + col); }
 };
@@ -70,10 +86,20 @@ class Rows {
   Rows(const Rows&) = delete;
   Rows& operator=(const Rows&) = delete;
 
+  // Puts the rows of each share together; before that they lie by length alone.
+  void deal(int64_t turns) {
+    if (!order_ || turns == 1) return;
+    int64_t* sorted = new int64_t[s_.B];
+    for (int64_t i = 0; i < s_.B; i++) sorted[i] = order_[i];
+    for (int64_t turn = 0, i = 0; turn < turns; turn++)
+      for (int64_t k = turn; k < s_.B; k += turns) order_[i++] = sorted[k];
+    delete[] sorted;
+  }
+
   int64_t batch_row(int64_t i) const { return order_ ? order_[i] : i; }
   int64_t length(int64_t i) const { return order_ ? s_.lengths[order_[i]] : s_.T; }
-  // How many of a share of the rows are alive at step t: the first ones.
-  int64_t alive(int64_t t, Deal rows) const { return rows.count(alive_ ? alive_[t] : s_.B); }
+  // How many rows of a share are alive at step t: its first ones.
+  int64_t alive(int64_t t, const Deal& rows) const { return alive_ ? rows.among(alive_[t]) : rows.size; }
   int64_t at(int64_t t, int64_t i) const { return (s_.offsets ? s_.offsets[t] : t * s_.B) + batch_row(i); }
 
   // The step after t in a group's own direction, or -1 where the row ends there.
