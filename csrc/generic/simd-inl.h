@@ -167,22 +167,33 @@ RK_INLINE void store(f16* p, vec<float> x) {
 
 // ---- the first n lanes -------------------------------------------------------------------------------------------
 
+// Out of line: the ends of rows are rare, and their code would crowd the registers of the rest.
 template <class ST>
-RK_INLINE vec<typename Accumulate<ST>::type> load(const ST* p, int n) {
+static __attribute__((noinline, cold)) vec<typename Accumulate<ST>::type> load_end(const ST* p, int n) {
   typedef typename Accumulate<ST>::type CT;
-  if (__builtin_expect(n >= Simd<CT>::n, 1)) return load(p);
   CT buffer[Simd<CT>::n] = {};
   for (int i = 0; i < n; i++) buffer[i] = widen(p[i]);
   return load(buffer);
 }
 
 template <class ST>
-RK_INLINE void store(ST* p, vec<typename Accumulate<ST>::type> x, int n) {
+static __attribute__((noinline, cold)) void store_end(ST* p, vec<typename Accumulate<ST>::type> x, int n) {
   typedef typename Accumulate<ST>::type CT;
-  if (__builtin_expect(n >= Simd<CT>::n, 1)) return store(p, x);
   CT buffer[Simd<CT>::n];
   store(buffer, x);
   for (int i = 0; i < n; i++) narrow(p + i, buffer[i]);
+}
+
+template <class ST>
+RK_INLINE vec<typename Accumulate<ST>::type> load(const ST* p, int n) {
+  if (__builtin_expect(n >= Simd<typename Accumulate<ST>::type>::n, 1)) return load(p);
+  return load_end(p, n);
+}
+
+template <class ST>
+RK_INLINE void store(ST* p, vec<typename Accumulate<ST>::type> x, int n) {
+  if (__builtin_expect(n >= Simd<typename Accumulate<ST>::type>::n, 1)) return store(p, x);
+  store_end(p, x, n);
 }
 
 // x as it will be read back from storage.
