@@ -36,7 +36,7 @@ void check_rows(const Scan& s) {
   for (int64_t t = s.T - 1; t >= 0; t--) {
     if (last[t + 1] > last[t]) last[t] = last[t + 1];
     int64_t offset = s.offsets ? s.offsets[t] : t * s.B;
-    if (last[t] && (offset < 0 || offset + last[t] > s.S))
+    if (last[t] && (offset < 0 || offset > s.S - last[t]))
       throw std::invalid_argument("step " + std::to_string(t) + " reaches beyond the " + std::to_string(s.S) + " rows given");
   }
 }

@@ -11,7 +11,7 @@ struct Exp<float> {
   static constexpr float magic = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
   static constexpr int mantissa = 23;
   static constexpr int32_t one = 0x3f800000, sign = INT32_MIN;
-  static constexpr float tiny = 87.0f;       // exp(-tiny) is still a normal number
+  static constexpr float tiny = 87.33f;      // exp(-tiny) is still a normal number
   static constexpr float saturated = 20.0f;  // 2 / (exp(saturated) + 1) is below half a unit in the last place of 1
   static RK_INLINE vec<float> tail(vec<float> r) {
     vec<float> p = splat(0.00138825062969f);
@@ -28,7 +28,7 @@ struct Exp<double> {
   static constexpr double magic = 0x1.8p52;
   static constexpr int mantissa = 52;
   static constexpr int64_t one = 0x3ff0000000000000, sign = INT64_MIN;
-  static constexpr double tiny = 708.0, saturated = 40.0;
+  static constexpr double tiny = 708.39, saturated = 40.0;
   static RK_INLINE vec<double> tail(vec<double> r) {
     vec<double> p = splat(2.5053802802712283035e-8);
     p = p * r + 2.7626094636323359843e-7;
