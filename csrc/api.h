@@ -33,7 +33,7 @@ struct Scan {
   const void* reset_state[kMaxStates] = {};  // [N, B, width], batch stride 0 allowed; null: zero
   int64_t reset_state_n[kMaxStates] = {}, reset_state_b[kMaxStates] = {};
   const Weights* weights = nullptr;     // [N]
-  const void* state[kMaxStates] = {};   // [N, B, width] contiguous
+  const void* state[kMaxStates] = {};   // [N, B, width] contiguous; forward only: null for zero
   int threads = 1;
 };
 
@@ -43,7 +43,7 @@ struct Forward : Scan {
   const void* x = nullptr;  // [S, models, I], last stride 1
   int64_t x_s = 0, x_m = 0;
   void* y = nullptr;                  // [S, N, P]
-  void* final_state[kMaxStates] = {};  // [N, B, width]
+  void* final_state[kMaxStates] = {};  // [N, B, width]; h may be null where nobody asks for it
   void* seq = nullptr;                // [S, N, H] second state after every step, accumulation dtype; or null
   void* planes = nullptr;             // [S, N, Q, H] or null
   void* hidden = nullptr;             // [S, N, H] or null

@@ -96,6 +96,27 @@ void forward(const std::string& isa, int cell, int dtype, const py::tuple& sizes
   k.forward(f);
 }
 
+// One dense layer in one direction, all addresses as numbers: the short way of rnnkern/_fast.py. Absent ones are 0; without
+// h_0 and c_0 the states start from zero.
+void layer(const std::string& isa, int cell, int dtype, int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int threads, uintptr_t x,
+           uintptr_t w_ih, uintptr_t b_ih, uintptr_t w_hh, uintptr_t b_hh, uintptr_t w_hr, uintptr_t h0, uintptr_t c0, uintptr_t y,
+           uintptr_t h_n, uintptr_t c_n) {
+  auto in = [](uintptr_t address) { return reinterpret_cast<const void*>(address); };
+  auto out = [](uintptr_t address) { return reinterpret_cast<void*>(address); };
+  Weights w;
+  w.w_hh = in(w_hh), w.b_hh = in(b_hh), w.w_hr = in(w_hr), w.w_ih = in(w_ih), w.b_ih = in(b_ih);
+  Forward f;
+  f.cell = Cell(cell), f.dtype = DType(dtype), f.threads = threads;
+  f.T = T, f.B = B, f.S = T * B, f.N = 1, f.I = I, f.H = H, f.P = P;
+  f.weights = &w;
+  f.x = in(x), f.x_s = f.x_m = I;
+  f.state[0] = in(h0), f.state[1] = in(c0);
+  f.y = out(y), f.final_state[0] = out(h_n), f.final_state[1] = out(c_n);
+  const Kernels& k = kernels(isa);
+  py::gil_scoped_release nogil;
+  k.forward(f);
+}
+
 void backward(const std::string& isa, int cell, int dtype, const py::tuple& sizes, const py::tuple& layout, const py::tuple& reset_states,
               const py::tuple& groups, const py::tuple& states, const py::tuple& saved, const py::tuple& grads, const py::tuple& outputs) {
   Backward f;
@@ -124,6 +145,7 @@ PYBIND11_MODULE(_cpu, m) {
   using namespace rnnkern;
   m.doc() = "rnnkern's C++ scans. Takes addresses and sizes; rnnkern.backends.cpp checks them.";
   m.def("forward", &forward);
+  m.def("layer", &layer);
   m.def("backward", &backward);
   m.def("chosen", [](const std::string& requested) { return std::string(kernels(requested).name); },
         "Name of the instruction set that a request ('' for the best) takes; raises with the reason where it cannot.");

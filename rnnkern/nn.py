@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnkern import _layouts, functional
+from rnnkern import _fast, _layouts, functional
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
 
@@ -158,6 +158,10 @@ class LSTM(torch.nn.LSTM):
         reset_state: tuple[Tensor, Tensor] | None = None,
         return_states: bool = False,
     ) -> tuple[Any, ...]:
+        if lengths is None and reset is None and reset_state is None and not return_states:
+            short = _fast.layer(self, "lstm", input, hx)
+            if short is not None:
+                return short
         states = None if hx is None else (hx[0], hx[1])
         restart = None if reset_state is None else (reset_state[0], reset_state[1])
         return _sequence(self, "lstm", input, states, lengths, reset, restart, return_states)
@@ -265,6 +269,9 @@ class RNNCell(torch.nn.RNNCell):
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
+        short = _fast.step(self, f"rnn_{self.nonlinearity}", input, None if hx is None else (hx,))
+        if short is not None:
+            return short[0]
         _one_or_two("RNNCell", input, hx)
         return _step(self, f"rnn_{self.nonlinearity}", "RNNCell", input, None if hx is None else (hx,))[0]
 
@@ -316,6 +323,9 @@ class LSTMCell(torch.nn.LSTMCell):
     """
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        short = _fast.step(self, "lstm", input, hx)
+        if short is not None:
+            return short
         if input.dim() not in (1, 2):
             raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
         for index, value in enumerate(hx or ()):
@@ -370,6 +380,9 @@ class GRUCell(torch.nn.GRUCell):
     """
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        short = _fast.step(self, "gru", input, None if hx is None else (hx,))
+        if short is not None:
+            return short[0]
         _one_or_two("GRUCell", input, hx)
         return _step(self, "gru", "GRUCell", input, None if hx is None else (hx,))[0]
 
@@ -390,6 +403,10 @@ def _one_state(
     reset_state: Tensor | None,
     return_states: bool,
 ) -> tuple[Any, ...]:
+    if lengths is None and reset is None and reset_state is None and not return_states:
+        short = _fast.layer(module, cell, input, hx)
+        if short is not None:
+            return short
     states = None if hx is None else (hx,)
     restart = None if reset_state is None else (reset_state,)
     y, (final,), *kept = _sequence(module, cell, input, states, lengths, reset, restart, return_states)

@@ -138,17 +138,23 @@ class ForwardScan {
   CT* c_at(int64_t g, int64_t i) { return c_ + (g * f_.B + i) * c_stride_; }
   A* m_at(int64_t g, int64_t i) { return m_ + (g * f_.B + i) * m_stride_; }
 
+  // An initial state; null: zero.
+  template <class T>
+  const T* initial(int k, int64_t at) const {
+    return f_.state[k] ? (const T*)f_.state[k] + at : nullptr;
+  }
+
   // Both h buffers and c hold the state that enters the row's first step; padding is zero.
   void enter_row(int64_t g, int64_t i) {
     int64_t b = rows_.batch_row(i), first = rows_.first(i, f_.weights[g].reverse);
     bool fresh = rows_.length(i) > 0 && rows_.resets(rows_.at(first, i), g);
-    const ST* h = fresh ? reset_value<ST>(f_, 0, g, b) : (const ST*)f_.state[0] + (g * f_.B + b) * f_.P;
+    const ST* h = fresh ? reset_value<ST>(f_, 0, g, b) : initial<ST>(0, (g * f_.B + b) * f_.P);
     for (int parity = 0; parity < 2; parity++) {
       A* to = h_at(g, parity, i);
       for (int64_t j = 0; j < h_stride_; j++) to[j] = h && j < f_.P ? as_left<M>(h[j]) : A{};
     }
     if constexpr (Cell::kStates > 1) {
-      const CT* c = fresh ? reset_value<CT>(f_, 1, g, b) : (const CT*)f_.state[1] + (g * f_.B + b) * f_.H;
+      const CT* c = fresh ? reset_value<CT>(f_, 1, g, b) : initial<CT>(1, (g * f_.B + b) * f_.H);
       CT* to = c_at(g, i);
       for (int64_t j = 0; j < c_stride_; j++) to[j] = c && j < f_.H ? c[j] : CT(0);
     }
@@ -345,11 +351,11 @@ class ForwardScan {
     for (int64_t k = 0; k < job.rows.size; k++) {
       int64_t i = job.rows[k];
       int64_t to = job.g * f_.B + rows_.batch_row(i);
-      const ST* h = (const ST*)f_.state[0] + to * f_.P;
+      const ST* h = initial<ST>(0, to * f_.P);
       if (rows_.length(i)) h = (const ST*)f_.y + (rows_.at(rows_.last(i, job.w.reverse), i) * f_.N + job.g) * f_.P;
-      copy_columns(h, (ST*)f_.final_state[0] + to * f_.P, h_cols);
+      if (f_.final_state[0]) copy_columns(h, (ST*)f_.final_state[0] + to * f_.P, h_cols);
       if constexpr (Cell::kStates > 1) {
-        const CT* c = rows_.length(i) ? c_at(job.g, i) : (const CT*)f_.state[1] + to * f_.H;
+        const CT* c = rows_.length(i) ? c_at(job.g, i) : initial<CT>(1, to * f_.H);
         copy_columns(c, (CT*)f_.final_state[1] + to * f_.H, c_cols);
       }
     }
