@@ -1,8 +1,8 @@
 """The short way through a call that is one layer in one direction, dense, on the CPU, with no gradient to come.
 
-A step of a small layer takes a few microseconds, and so does every tensor operation that the general way needs for views,
-states and checks. Here all conditions are read off once and the C++ scan is called. Whatever does not fit, and every
-error, goes the general way: these functions then return None and have done nothing.
+A step of a small layer takes a few microseconds, and so does every tensor operation that the general way needs for
+views, states and checks. Here all conditions are read off once and the C++ scan is called. Whatever does not fit, and
+every error, goes the general way: these functions then return None and have done nothing.
 """
 
 from __future__ import annotations
