@@ -174,8 +174,16 @@ def reset_state(given: tuple[Tensor, ...], sizes: tuple[tuple[int, int, int], ..
             )
 
 
-def cell(title: str, input: Tensor, hx: tuple[Tensor, ...] | None, w_ih: Tensor, w_hh: Tensor, autocast: bool) -> None:
-    """Sizes, devices and dtypes of one step's tensors, batch dimension there."""
+def cell(
+    title: str, input: Tensor, hx: tuple[Tensor, ...] | None, weights: Sequence[Tensor], gates: int, autocast: bool
+) -> None:
+    """Sizes, devices and dtypes of one step's tensors, batch dimension there; weights: w_ih, w_hh and biases."""
+    w_ih, w_hh = weights[:2]
+    wide = gates * w_hh.size(-1)
+    shapes = ((wide, w_ih.size(-1)), (wide, w_hh.size(-1)), (wide,), (wide,))
+    for name, w, shape in zip(("weight_ih", "weight_hh", "bias_ih", "bias_hh"), weights, shapes, strict=False):
+        if w.shape != shape:
+            raise RuntimeError(f"{name}: expected shape {list(shape)}, got {list(w.shape)}")
     if input.size(1) != w_ih.size(1):
         raise RuntimeError(f"input has inconsistent input_size: got {input.size(1)} expected {w_ih.size(1)}")
     for index, h in enumerate(hx or ()):

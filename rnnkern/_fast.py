@@ -18,7 +18,7 @@ from rnnkern import dispatch
 _DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 _ACC = (torch.float64, torch.float32, torch.float32, torch.float32)
 _CODES = {"rnn_tanh": (0, 1), "rnn_relu": (1, 1), "lstm": (2, 4), "gru": (3, 3)}  # number in the extension, gates
-_PLAIN = (torch.nn.Parameter, Tensor)
+_Parameter = torch.nn.Parameter
 _grad = torch.is_grad_enabled
 _compiling = torch.compiler.is_compiling
 _autocast = torch.is_autocast_enabled
@@ -26,6 +26,7 @@ _transforms = torch._C._are_functorch_transforms_active
 _modes = torch._C._len_torch_dispatch_stack
 _functions = torch._C._len_torch_function_stack
 _tracing = torch._C._get_tracing_state
+_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _threads = torch.get_num_threads
 _empty_like = torch.empty_like
 _choice = dispatch._choice
@@ -65,19 +66,27 @@ def _closed() -> bool:
 
 def _other(p: Any, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
     """Whether `p` is anything else than a plain contiguous CPU tensor of this shape and dtype."""
-    return not (type(p) in _PLAIN and p.shape == shape and p.dtype is dtype and p.is_cpu and p.is_contiguous())
+    if type(p) is not _Parameter and (type(p) is not Tensor or _veiled(p)):
+        return True
+    return not (p.shape == shape and p.dtype is dtype and p.is_cpu and p.is_contiguous())
+
+
+def _veiled(t: Tensor) -> bool:
+    """Whether the numbers are not what lies in memory: left over from a transform, or negated when read."""
+    return _wrapped(t) or t.is_neg()
 
 
 def _biases(bias: bool, parameters: dict[str, Any], *names: str) -> tuple[Any, Any]:
     """Both biases; False for one that is not among the plain parameters, which then fits nothing."""
     if not bias:
         return None, None
-    return parameters.get(names[0], False), parameters.get(names[1], False)
+    first, second = parameters.get(names[0]), parameters.get(names[1])
+    return False if first is None else first, False if second is None else second
 
 
 def layer(module: Any, cell: str, input: Any, hx: Any) -> tuple[Any, ...] | None:
     """RNN, LSTM or GRU: (output, states in torch.nn's form), or None."""
-    if type(input) is not Tensor or _closed() or module.num_layers != 1 or module.bidirectional:
+    if type(input) is not Tensor or _veiled(input) or _closed() or module.num_layers != 1 or module.bidirectional:
         return None
     shape = input.shape
     if len(shape) != 3 or not input.is_contiguous():
@@ -112,7 +121,7 @@ def layer(module: Any, cell: str, input: Any, hx: Any) -> tuple[Any, ...] | None
 
 def step(module: Any, cell: str, input: Any, hx: Any) -> tuple[Any, ...] | None:
     """RNNCell, LSTMCell or GRUCell: (h,) or (h, c), or None."""
-    if type(input) is not Tensor or _closed():
+    if type(input) is not Tensor or _veiled(input) or _closed():
         return None
     shape = input.shape
     if len(shape) != 2 or not input.is_contiguous():
@@ -166,7 +175,11 @@ def _run(
     if layered:
         h_n = _empty_like(y) if T == 1 else y.new_empty((1, B, P))
     if two:
-        c_n = _empty_like(h_n if layered else y) if P == H and not narrow else y.new_empty((*lead, H), dtype=_ACC[code])
+        c_n = (
+            _empty_like(y if h_n is None else h_n)
+            if P == H and not narrow
+            else y.new_empty((*lead, H), dtype=_ACC[code])
+        )
     kernel(
         _isa, number, code, T, B, I, H, P, _threads(), input.data_ptr(), w_ih.data_ptr(),
         0 if b_ih is None else b_ih.data_ptr(), w_hh.data_ptr(), 0 if b_hh is None else b_hh.data_ptr(),

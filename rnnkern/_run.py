@@ -31,9 +31,9 @@ def unwatched() -> bool:
 
 
 def real(tensors: Sequence[Tensor]) -> bool:
-    """Whether every tensor is one with memory of its own kind and no subclass."""
+    """Whether every tensor is no subclass and has memory, with its numbers in it (a negated view's are not)."""
     for t in tensors:
-        if type(t) not in PLAIN or t.is_meta:
+        if type(t) not in PLAIN or t.is_meta or t.is_neg():
             return False
     return True
 

@@ -106,7 +106,8 @@ def layer(
     direct, graded = not (compiling or transformed or x.is_meta) and unwatched(), transformed
     graded_mode = torch.is_grad_enabled()
     for t in tensors:
-        if direct and (type(t) not in PLAIN or _wrapped(t)):  # what leaked out of a transform stays wrapped
+        # What leaked out of a transform stays wrapped, and a negated view's memory holds other numbers.
+        if direct and (type(t) not in PLAIN or _wrapped(t) or t.is_neg()):
             direct = False
         if graded_mode and t.requires_grad:
             graded = True

@@ -351,8 +351,12 @@ def run_cell(
     if not batched:
         input = input.unsqueeze(0)
         hx = hx and tuple(h.unsqueeze(0) for h in hx)
-    _checks.cell(title, input, hx, w_ih, w_hh, low is not None)
-    weights: Sequence[Tensor] = (w_ih, w_hh) if b_ih is None or b_hh is None else (w_ih, w_hh, b_ih, b_hh)
+    weights: Sequence[Tensor] = (w_ih, w_hh)
+    if b_ih is not None or b_hh is not None:  # as in torch, a bias set to None is zero
+        b_ih = torch.zeros_like(b_hh) if b_ih is None and b_hh is not None else b_ih
+        b_hh = torch.zeros_like(b_ih) if b_hh is None and b_ih is not None else b_hh
+        weights = [w for w in (w_ih, w_hh, b_ih, b_hh) if w is not None]
+    _checks.cell(title, input, hx, weights, len(CELLS[cell].gates), low is not None)
     _checks.alike(input, weights, "parameter", low is None)
     if hx is not None:
         _checks.alike(input, hx, "hidden", low is None)

@@ -348,3 +348,13 @@ def test_out_of_memory_names_the_size(kind: str, backend: str) -> None:
     x = torch.zeros(1, 1, 1).expand(2**40, 2**12, 1)
     with rnnkern.use_backend(backend), torch.no_grad(), pytest.raises(RuntimeError, match="allocate.* [0-9]{15,}"):
         module(rnnkern, kind, 1, H)(x)
+
+
+def test_weights_of_a_cell_that_do_not_fit() -> None:
+    """Replaced by hand: a kernel would read beyond them."""
+    for name, shape in (("weight_ih", (6, 3)), ("weight_hh", (11, 4)), ("bias_ih", (5,)), ("bias_hh", (13,))):
+        for grad in (True, False):
+            cell = rnnkern.GRUCell(3, 4)
+            setattr(cell, name, torch.nn.Parameter(torch.zeros(shape)))
+            with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match=rf"{name}: expected shape \[12"):
+                cell(torch.randn(2, 3))

@@ -226,3 +226,42 @@ def test_training_learns(backend: str) -> None:
             optimizer.step()
     expected = list(both.theirs.parameters())
     check(list(both.ours.parameters()), expected, expected, "weights")
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("missing", ["bias_ih", "bias_hh"])
+def test_a_bias_set_to_none_is_zero_as_in_torch(missing: str, grad: bool) -> None:
+    ours, theirs = rnnkern.GRUCell(3, 4).double(), torch.nn.GRUCell(3, 4).double()
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 3, dtype=torch.float64)
+    with torch.set_grad_enabled(grad):
+        for cell in (ours, theirs):
+            setattr(cell, missing, None)
+        truth = theirs(x)
+        check(ours(x), truth, truth, missing)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_memory_that_does_not_hold_the_numbers(grad: bool) -> None:
+    """A view that is negated when read, and what leaked out of a transform."""
+    leaked: list[torch.Tensor] = []
+    torch.func.grad(lambda v: (leaked.append(v * 1), v.sum())[1])(torch.randn(4, 2, 3, dtype=torch.float64))
+    plain = torch.randn(4, 2, 3, dtype=torch.float64)
+    tiny = torch.randn(1, 1, 1, dtype=torch.complex128).conj().imag
+    assert tiny.is_neg() and tiny.is_contiguous()
+    with torch.set_grad_enabled(grad):
+        for x, width in ((leaked[0], 3), (torch._neg_view(plain), 3), (tiny, 1)):
+            ours, theirs = rnnkern.LSTM(width, 4).double(), torch.nn.LSTM(width, 4).double()
+            theirs.load_state_dict(ours.state_dict())
+            truth = theirs(x)[0]
+            check(ours(x)[0] * 1, truth * 1, truth * 1, "input")
+            h, c = torch._neg_view(torch.randn(2, 1, x.shape[1], 4, dtype=torch.float64))
+            truth = theirs(x, (h, c))[0]
+            check(ours(x, (h, c))[0], truth, truth, "states")
+    if grad:
+        x = plain.clone().requires_grad_()
+        ours = rnnkern.LSTM(3, 4).double()
+        dy = torch.randn(4, 2, 4, dtype=torch.float64)
+        negated = torch.autograd.grad(ours(x)[0], x, torch._neg_view(dy))
+        truth = torch.autograd.grad(ours(x)[0], x, -dy)
+        check(negated, truth, truth, "dy")
