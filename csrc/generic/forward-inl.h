@@ -10,6 +10,7 @@ class ForwardScan {
   static constexpr int n = Simd<CT>::n, G = Cell::kGates;
   static constexpr int kUnits = G == 1 ? 4 : 1;  // hidden blocks in a panel, so that it is three or four vectors wide
   static constexpr int kWide = 4;
+  static constexpr int64_t kLargeWeights = 6 << 20;
   static constexpr int64_t kFairRows = 8;  // a full tile: fewer would read the weights for too little
 
  public:
@@ -22,7 +23,8 @@ class ForwardScan {
     projected_ = f.weights[0].w_hr != nullptr;
     blocks_ = ceil_div(f.H, n);
     out_blocks_ = ceil_div(f.P, n);
-    split_ = Split::choose(f, max_threads, blocks_, G * f.H * f.P, f.gx ? 0 : G * f.H * f.I, kFairRows);
+    split_ = Split::choose(f, max_threads, blocks_, G * f.H * f.P, f.gx ? 0 : G * f.H * f.I,
+                            G * f.H * f.P * int64_t(sizeof(W)) / M::kPair > kLargeWeights ? 4 * kFairRows : kFairRows);
     rows_.deal(split_.rows);
     pack_hh_ = f.T >= 4 && f.S >= 16;
     pack_ih_ = !f.gx && f.S >= 24;

@@ -28,8 +28,8 @@ struct Split {
   int teams() const { return groups * rows; }
 
   // Both directions at once where the threads allow it, no barrier then being needed. Then rows, as long as each share has
-  // `fair_rows`: what threads of a team pass to one another at every step costs more than reading all the weights. Then
-  // columns. `products` is the multiplications of one row in one step of one group, `ahead` those of its input projection.
+  // `fair_rows`: what threads of a team pass to one another at every step costs more than reading all the weights, unless
+  // these fill the last cache. Then columns. `products` is the multiplications of one row in one step of one group, `ahead` those of its input projection.
   static Split choose(const Scan& call, int threads, int64_t column_blocks, int64_t products, int64_t ahead, int64_t fair_rows) {
     Split s;
     int64_t rows = call.B < 2 ? 2 : call.B;  // one row is bound by the weights' bytes: it takes as long as two

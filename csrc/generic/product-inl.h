@@ -201,28 +201,37 @@ static void packed_rows(int64_t rows, int NV, const typename M::A* const* a, con
 // ---- direct products ---------------------------------------------------------------------------------------------
 
 // One vector of dot products: rows w, w + K, ... (valid of them) of an nt matrix with one left row, zero-padded to kStep.
+// Four rows at a time, two sums each: few enough streams for the hardware to run ahead of, enough sums to hide latency.
 template <class M>
 static RK_INLINE vec<typename M::CT> direct_nt(const typename M::A* a, const typename M::ST* w, int64_t K, int valid) {
   typedef typename M::CT CT;
-  constexpr int n = Simd<CT>::n;
-  vec<CT> acc[n];
-  const typename M::ST* row[n];
+  constexpr int n = Simd<CT>::n, kRows = n < 4 ? n : 4;
+  vec<CT> sum[n];
 #pragma GCC unroll 16
-  for (int i = 0; i < n; i++) {
-    acc[i] = vec<CT>{};
-    row[i] = w + (i < valid ? i : valid - 1) * K;
+  for (int i = 0; i < n; i += kRows) {
+    vec<CT> even[kRows] = {}, odd[kRows] = {};
+    const typename M::ST* row[kRows];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; r++) row[r] = w + (i + r < valid ? i + r : valid - 1) * K;
+    int64_t k = 0;
+    for (; k + 2 * M::kStep <= K; k += 2 * M::kStep) {
+      typename M::Wide x = M::load_left(a + k), z = M::load_left(a + k + M::kStep);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; r++) {
+        even[r] = M::mul_add(even[r], x, M::load_row(row[r] + k));
+        odd[r] = M::mul_add(odd[r], z, M::load_row(row[r] + k + M::kStep));
+      }
+    }
+    for (; k < K; k += M::kStep) {
+      typename M::Wide x = M::load_left(a + k);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; r++)
+        even[r] = M::mul_add(even[r], x, M::load_row(row[r] + k, K - k < M::kStep ? int(K - k) : M::kStep));
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; r++) sum[i + r] = even[r] + odd[r];
   }
-  int64_t k = 0;
-  for (; k + M::kStep <= K; k += M::kStep) {
-    typename M::Wide x = M::load_left(a + k);
-#pragma GCC unroll 16
-    for (int i = 0; i < n; i++) acc[i] = M::mul_add(acc[i], x, M::load_row(row[i] + k));
-  }
-  if (k < K) {
-    typename M::Wide x = M::load_left(a + k);
-    for (int i = 0; i < n; i++) acc[i] = M::mul_add(acc[i], x, M::load_row(row[i] + k, int(K - k)));
-  }
-  return sum_lanes<CT>(acc);
+  return sum_lanes<CT>(sum);
 }
 
 // out[v][lane] = sum_k a[k] w[k * ld + v * n + lane] for `width` columns.
