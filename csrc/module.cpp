@@ -96,26 +96,36 @@ void forward(const std::string& isa, int cell, int dtype, const py::tuple& sizes
   k.forward(f);
 }
 
-// One dense layer in one direction, all addresses as numbers: the short way of rnnkern/_fast.py. Absent ones are 0; without
-// h_0 and c_0 the states start from zero.
-void layer(const std::string& isa, int cell, int dtype, int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int threads, uintptr_t x,
-           uintptr_t w_ih, uintptr_t b_ih, uintptr_t w_hh, uintptr_t b_hh, uintptr_t w_hr, uintptr_t h0, uintptr_t c0, uintptr_t y,
-           uintptr_t h_n, uintptr_t c_n) {
-  auto in = [](uintptr_t address) { return reinterpret_cast<const void*>(address); };
-  auto out = [](uintptr_t address) { return reinterpret_cast<void*>(address); };
+// One dense layer in one direction: the short way of rnnkern/_fast.py. A plain C function, because the conversion of twenty
+// arguments costs what a small step does. Takes the instruction set, cell and dtype, T, B, I, H, P, threads, and the
+// addresses of x, w_ih, b_ih, w_hh, b_hh, w_hr, h_0, c_0, y, h_n, c_n, 0 where absent: states then start from zero.
+PyObject* layer(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 20) return PyErr_Format(PyExc_TypeError, "layer takes 20 arguments, got %zd", count);
+  const char* isa = PyUnicode_AsUTF8(args[0]);
+  if (!isa) return nullptr;
   Weights w;
-  w.w_hh = in(w_hh), w.b_hh = in(b_hh), w.w_hr = in(w_hr), w.w_ih = in(w_ih), w.b_ih = in(b_ih);
   Forward f;
-  f.cell = Cell(cell), f.dtype = DType(dtype), f.threads = threads;
-  f.T = T, f.B = B, f.S = T * B, f.N = 1, f.I = I, f.H = H, f.P = P;
-  f.weights = &w;
-  f.x = in(x), f.x_s = f.x_m = I;
-  f.state[0] = in(h0), f.state[1] = in(c0);
-  f.y = out(y), f.final_state[0] = out(h_n), f.final_state[1] = out(c_n);
-  const Kernels& k = kernels(isa);
-  py::gil_scoped_release nogil;
-  k.forward(f);
+  f.N = 1, f.weights = &w;
+  f.cell = Cell(integer(args[1])), f.dtype = DType(integer(args[2]));
+  f.T = integer(args[3]), f.B = integer(args[4]), f.I = integer(args[5]), f.H = integer(args[6]), f.P = integer(args[7]);
+  f.S = f.T * f.B, f.x_s = f.x_m = f.I;
+  f.threads = int(integer(args[8]));
+  const void** in[] = {&f.x, &w.w_ih, &w.b_ih, &w.w_hh, &w.b_hh, &w.w_hr, &f.state[0], &f.state[1]};
+  void** out[] = {&f.y, &f.final_state[0], &f.final_state[1]};
+  for (int i = 0; i < 8; i++) *in[i] = pointer(args[9 + i]);
+  for (int i = 0; i < 3; i++) *out[i] = const_cast<void*>(pointer(args[17 + i]));
+  if (PyErr_Occurred()) return nullptr;
+  try {
+    const Kernels& k = choose_kernels(isa);
+    py::gil_scoped_release nogil;
+    k.forward(f);
+  } catch (const std::exception& error) {
+    return PyErr_Format(PyExc_RuntimeError, "%s", error.what());
+  }
+  Py_RETURN_NONE;
 }
+
+PyMethodDef kLayer = {"layer", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&layer)), METH_FASTCALL, nullptr};
 
 void backward(const std::string& isa, int cell, int dtype, const py::tuple& sizes, const py::tuple& layout, const py::tuple& reset_states,
               const py::tuple& groups, const py::tuple& states, const py::tuple& saved, const py::tuple& grads, const py::tuple& outputs) {
@@ -145,7 +155,7 @@ PYBIND11_MODULE(_cpu, m) {
   using namespace rnnkern;
   m.doc() = "rnnkern's C++ scans. Takes addresses and sizes; rnnkern.backends.cpp checks them.";
   m.def("forward", &forward);
-  m.def("layer", &layer);
+  m.add_object("layer", py::reinterpret_steal<py::object>(PyCFunction_New(&kLayer, nullptr)));
   m.def("backward", &backward);
   m.def("chosen", [](const std::string& requested) { return std::string(kernels(requested).name); },
         "Name of the instruction set that a request ('' for the best) takes; raises with the reason where it cannot.");

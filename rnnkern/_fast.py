@@ -76,14 +76,6 @@ def _veiled(t: Tensor) -> bool:
     return _wrapped(t) or t.is_neg()
 
 
-def _biases(bias: bool, parameters: dict[str, Any], *names: str) -> tuple[Any, Any]:
-    """Both biases; False for one that is not among the plain parameters, which then fits nothing."""
-    if not bias:
-        return None, None
-    first, second = parameters.get(names[0]), parameters.get(names[1])
-    return False if first is None else first, False if second is None else second
-
-
 def layer(module: Any, cell: str, input: Any, hx: Any) -> tuple[Any, ...] | None:
     """RNN, LSTM or GRU: (output, states in torch.nn's form), or None."""
     if type(input) is not Tensor or _veiled(input) or _closed() or module.num_layers != 1 or module.bidirectional:
@@ -104,13 +96,13 @@ def layer(module: Any, cell: str, input: Any, hx: Any) -> tuple[Any, ...] | None
         w_hr = p.get("weight_hr_l0")
         if w_hr is None:
             return None
-    parts = (p.get("weight_ih_l0"), p.get("weight_hh_l0"), *_biases(module.bias, p, "bias_ih_l0", "bias_hh_l0"))
+    parts = p.get("weight_ih_l0"), p.get("weight_hh_l0"), p.get("bias_ih_l0"), p.get("bias_hh_l0")
     if hx is not None:
         if cell != "lstm":
             hx = (hx,)
         elif type(hx) is not tuple:
             return None
-    out = _run(cell, input, T, B, I, H, P, parts, w_hr, hx, (1, B))
+    out = _run(cell, input, T, B, I, H, P, parts, module.bias, w_hr, hx, (1, B))
     if out is None:
         return None
     y, h, c = out
@@ -131,14 +123,14 @@ def step(module: Any, cell: str, input: Any, hx: Any) -> tuple[Any, ...] | None:
     p = module._parameters
     if hx is not None and type(hx) is not tuple:
         return None
-    parts = (p.get("weight_ih"), p.get("weight_hh"), *_biases(module.bias, p, "bias_ih", "bias_hh"))
-    out = _run(cell, input, 1, B, I, H, H, parts, None, hx, (B,))
+    parts = p.get("weight_ih"), p.get("weight_hh"), p.get("bias_ih"), p.get("bias_hh")
+    out = _run(cell, input, 1, B, I, H, H, parts, module.bias, None, hx, (B,))
     return out and (out[0:1] if out[2] is None else (out[0], out[2]))
 
 
 def _run(
-    cell: str, input: Tensor, T: int, B: int, I: int, H: int, P: int, parts: tuple[Any, ...], w_hr: Any, hx: Any,
-    lead: tuple[int, ...],
+    cell: str, input: Tensor, T: int, B: int, I: int, H: int, P: int, parts: tuple[Any, ...], bias: bool, w_hr: Any,
+    hx: Any, lead: tuple[int, ...],
 ) -> tuple[Tensor, Tensor | None, Tensor | None] | None:  # fmt: skip
     """(output, h_n, c_n); `lead` is the shape of a state without its width: (1, B), or (B,) for a cell, whose h_n is
     its output."""
@@ -149,10 +141,10 @@ def _run(
         return None
     number, gates = _CODES[cell]
     w_ih, w_hh, b_ih, b_hh = parts
-    rows = (gates * H,)
-    if _other(w_ih, (*rows, I), dtype) or _other(w_hh, (*rows, P), dtype):
+    rows = gates * H
+    if _other(w_ih, (rows, I), dtype) or _other(w_hh, (rows, P), dtype):
         return None
-    if b_ih is not None and (_other(b_ih, rows, dtype) or _other(b_hh, rows, dtype)):
+    if bias and (_other(b_ih, (rows,), dtype) or _other(b_hh, (rows,), dtype)):
         return None
     if w_hr is not None and _other(w_hr, (P, H), dtype):
         return None
@@ -182,7 +174,7 @@ def _run(
         )
     kernel(
         _isa, number, code, T, B, I, H, P, _threads(), input.data_ptr(), w_ih.data_ptr(),
-        0 if b_ih is None else b_ih.data_ptr(), w_hh.data_ptr(), 0 if b_hh is None else b_hh.data_ptr(),
+        b_ih.data_ptr() if bias else 0, w_hh.data_ptr(), b_hh.data_ptr() if bias else 0,
         0 if w_hr is None else w_hr.data_ptr(), 0 if h is None else h.data_ptr(), 0 if c is None else c.data_ptr(),
         y.data_ptr(), 0 if h_n is None else h_n.data_ptr(), 0 if c_n is None else c_n.data_ptr(),
     )  # fmt: skip
