@@ -160,19 +160,31 @@ def choose(inputs: ScanInputs) -> str:
     return name
 
 
-def wants_torch(device: torch.device, dtype: torch.dtype, cell: str, batch: int, packed: bool) -> bool:
+def wants_torch(device: torch.device, dtype: torch.dtype, cell: str, batch: int, packed: bool, steps: int = 0) -> bool:
     """Whether torch's own kernel should take this call: asked for, or better than the scan backends that are there.
 
     Automatic choice takes it on devices without a fast scan backend, for dtypes that no scan backend has, in
-    torch.jit.trace (whose graphs run where rnnkern is not), and on a CPU without the C++ extension where it is faster
-    than what is left.
+    torch.jit.trace (whose graphs run where rnnkern is not), on a CPU without the C++ extension where it is faster than
+    what is left, and for one or two steps with a gradient to come: torch's handful of operations then costs less than
+    one custom function (but for the LSTM module, which repacks its weights at every call).
     """
     name = _choice.requested
     if name is not None:
         return name == "torch"
     if device.type != "cpu" or dtype not in DTYPES or torch._C._get_tracing_state() is not None:
         return True
+    if 0 < steps <= 2 and cell != "lstm" and torch.is_grad_enabled() and not _watched():
+        return True
     return unavailable("cpp") is not None and _torch_is_faster(dtype, cell, batch, packed)
+
+
+def _watched() -> bool:
+    """Whether torch.compile, torch.func or forward mode is at work: the layers are made for them, torch's are not."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
 
 
 def may_torch(refused: str) -> bool:

@@ -240,7 +240,7 @@ def run(
         raise ValueError("reset_state: only together with reset, the mask that says where it is used")
 
     backend = None
-    if dispatch.wants_torch(input.device, input.dtype, cell, B, packed):
+    if dispatch.wants_torch(input.device, input.dtype, cell, B, packed, T):
         from rnnkern.backends import torch as torch_kernels
 
         fits = dispatch.may_torch(torch_kernels.cannot(lengths is not None, reset is not None, return_states))
@@ -362,7 +362,7 @@ def run_cell(
         _checks.alike(input, hx, "hidden", low is None)
     B, H = input.size(0), w_hh.size(1)
     two = cell == "lstm"
-    if dispatch.wants_torch(input.device, input.dtype, cell + "_cell", B, False):
+    if dispatch.wants_torch(input.device, input.dtype, cell + "_cell", B, False, 1):
         from rnnkern.backends import torch as torch_kernels
 
         dispatch.ran("torch")

@@ -26,7 +26,7 @@ class ForwardScan {
     split_ = Split::choose(f, max_threads, blocks_, G * f.H * f.P, f.gx ? 0 : G * f.H * f.I,
                             G * f.H * f.P * int64_t(sizeof(W)) / M::kPair > kLargeWeights ? 4 * kFairRows : kFairRows);
     rows_.deal(split_.rows);
-    pack_hh_ = f.T >= 4 && f.S >= 16;
+    pack_hh_ = f.S >= 16 && (f.T >= 4 || f.B >= 16);
     pack_ih_ = !f.gx && f.S >= 24;
     h_stride_ = ceil_div(f.P, M::kStep) * M::kStep;
     m_stride_ = ceil_div(f.H, M::kStep) * M::kStep;

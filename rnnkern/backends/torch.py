@@ -69,7 +69,9 @@ def call(
     traced = torch._C._get_tracing_state() is not None  # a graph of torch's ops, which a Function would not be
     needed = torch.is_grad_enabled() and any(t.requires_grad for t in tensors) and not traced
     how = Call(cell, bias, num_layers, dropout, training or needed, bidirectional, batch_first, batch_sizes, autocast)
-    y, *final = Whole.apply(how, *tensors) if needed else _kernel(how, tensors)
+    # ATen's loops on the CPU are torch operations, differentiable as often as those are.
+    whole = needed and (cell == "lstm" or input.device.type != "cpu")
+    y, *final = Whole.apply(how, *tensors) if whole else _kernel(how, tensors)
     return y, tuple(final)
 
 
