@@ -78,7 +78,7 @@ def _veiled(t: Tensor) -> bool:
 
 def layer(module: Any, cell: str, input: Any, hx: Any) -> tuple[Any, ...] | None:
     """RNN, LSTM or GRU: (output, states in torch.nn's form), or None."""
-    if type(input) is not Tensor or _veiled(input) or _closed() or module.num_layers != 1 or module.bidirectional:
+    if type(input) is not Tensor or _closed() or _veiled(input) or module.num_layers != 1 or module.bidirectional:
         return None
     shape = input.shape
     if len(shape) != 3 or not input.is_contiguous():
@@ -113,7 +113,7 @@ def layer(module: Any, cell: str, input: Any, hx: Any) -> tuple[Any, ...] | None
 
 def step(module: Any, cell: str, input: Any, hx: Any) -> tuple[Any, ...] | None:
     """RNNCell, LSTMCell or GRUCell: (h,) or (h, c), or None."""
-    if type(input) is not Tensor or _veiled(input) or _closed():
+    if type(input) is not Tensor or _closed() or _veiled(input):
         return None
     shape = input.shape
     if len(shape) != 2 or not input.is_contiguous():
