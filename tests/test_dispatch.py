@@ -218,3 +218,24 @@ print(sorted(tops | {"rnnkern._cpu", "torch._dynamo"} & set(sys.modules)))
 """
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=300)
     assert found.stdout.strip() == "[]", found.stdout
+
+
+@pytest.mark.parametrize("kind", ["RNN", "GRU", "LSTM"])
+def test_few_training_steps_take_torch(kind: str) -> None:
+    """Automatic choice: one or two steps with a gradient to come cost less in torch's operations, but for nn.LSTM."""
+    module = getattr(rnnkern, kind)(3, 5)
+    cell = getattr(rnnkern, f"{kind}Cell")(3, 5)
+    fast = next(name for name in dispatch.ORDER if dispatch.unavailable(name) is None)
+    if fast != "cpp":
+        pytest.skip(f"without the C++ backend other rules hold: {dispatch.unavailable('cpp')}")
+    for run, expected in (
+        (lambda: module(torch.randn(2, 4, 3)), "cpp" if kind == "LSTM" else "torch"),
+        (lambda: module(torch.randn(3, 4, 3)), "cpp"),
+        (lambda: module(torch.randn(1, 4, 3), lengths=[1, 0, 1, 1]), "cpp"),
+        (lambda: cell(torch.randn(4, 3)), "torch"),
+    ):
+        run()
+        assert dispatch.last() == expected
+    with torch.no_grad():
+        cell(torch.randn(4, 3))
+    assert dispatch.last() == "cpp"
