@@ -33,7 +33,7 @@ struct Simd<double> {
 
 // bf16 pairs: one 32-bit lane holds two neighbours along the sum, the products of both are added in fp32.
 typedef uint32_t u32v __attribute__((vector_size(RK_VBYTES)));
-typedef uint32_t u32v_unaligned __attribute__((vector_size(RK_VBYTES), aligned(4), may_alias));
+typedef uint32_t u32v_unaligned __attribute__((vector_size(RK_VBYTES), aligned(2), may_alias));  // rows of bf16
 typedef uint16_t u16h __attribute__((vector_size(RK_VBYTES / 2)));
 typedef uint16_t u16h_unaligned __attribute__((vector_size(RK_VBYTES / 2), aligned(2), may_alias));
 
