@@ -55,6 +55,9 @@ class Barrier {
 // Asks the system for large pages under a large fresh buffer: page by page, first touches can cost a tenth of a scan.
 void prefer_large_pages(void* memory, size_t bytes);
 
+// Bytes of weights up to which a core reads them at every step about as fast as from its second cache.
+int64_t near_weights();
+
 // One aligned block in several arrays: name them all, then allocate. Each calling thread keeps its last block for its next
 // call, up to kKept bytes: fresh pages cost more than the packing that they are for.
 class Scratch {

@@ -20,7 +20,7 @@ class BackwardScan {
     projected_ = f.weights[0].w_hr != nullptr;
     blocks_ = ceil_div(f.H, n);
     out_blocks_ = ceil_div(f.P, n);
-    split_ = Split::choose(f, max_threads, blocks_, G * f.H * f.P, 0, kFairRows);
+    split_ = Split::choose(f, max_threads, blocks_, G * f.H * f.P, G * f.H * f.P * int64_t(sizeof(W)) / M::kPair, 0, kFairRows);
     rows_.deal(split_.rows);
     pack_ = f.T >= 4 && f.S >= 16;
     c_stride_ = blocks_ * n;
@@ -170,9 +170,12 @@ class BackwardScan {
       return;
     }
     for (int64_t i = 0; i < count; i++) job.a_rows[i] = dp_at(job.g, job.rows[i]);
-    for (int64_t b = job.own.begin; b < job.own.end; b += 4) {
-      int units = job.own.take(b, 4);
-      back_product(count, units, job.a_rows, pack_ ? hr_ + (job.g * blocks_ + b) * n * hr_steps_ : nullptr, hr_steps_,
+    Walk walk{job.own, 4};
+    for (int64_t p = 0; p < walk.count(); p++) {
+      int64_t b = walk[p];
+      int units = walk.units(p);
+      const W* hr = hr_ + job.g * blocks_ * n * hr_steps_;
+      back_product(count, units, job.a_rows, pack_ ? hr + b * n * hr_steps_ : nullptr, hr + walk.next(p) * n * hr_steps_, hr_steps_,
                    (const ST*)job.w.w_hr, f_.H, f_.P, b, job.sums);
       for (int64_t i = 0; i < count; i++) {
         int64_t k = job.rows[i], row = rows_.at(t, k);
@@ -186,9 +189,9 @@ class BackwardScan {
   }
 
   // out[rows][units][n] = left rows times columns of w [depth, ld].
-  static void back_product(int64_t rows, int units, const A* const* a, const W* panel, int64_t steps, const ST* w, int64_t ld, int64_t depth,
-                           int64_t block, CT* out) {
-    if (panel) return packed_rows<M>(rows, units, a, panel, steps, nullptr, out);
+  static void back_product(int64_t rows, int units, const A* const* a, const W* panel, const W* next, int64_t steps, const ST* w,
+                           int64_t ld, int64_t depth, int64_t block, CT* out) {
+    if (panel) return packed_rows<M>(rows, units, a, panel, next, steps, nullptr, out);
     int64_t j = block * n, width = ld - j;
     for (int64_t i = 0; i < rows; i++, out += units * n) switch (units) {
         case 1: direct_nn<A, ST, CT, 1>(a[i], w + j, ld, depth, width, out); break;
@@ -270,13 +273,15 @@ class BackwardScan {
   // Gradient of the entering h for this thread's outputs: the product with W_hh on top of the cell's own path.
   void carry_back(const Job& job, int64_t t, int64_t count, int parity) {
     for (int64_t i = 0; i < count; i++) job.a_rows[i] = dg_at(job.g, parity, job.rows[i]);
-    int64_t panels = ceil_div(job.out.size(), 4), ahead = job.w.reverse ? t + 1 : t - 1;
+    Walk walk{job.out, 4, parity != 0};
+    const W* hh = hh_ + job.g * out_blocks_ * n * hh_steps_;
+    int64_t ahead = job.w.reverse ? t + 1 : t - 1;
     int64_t coming = ahead >= 0 && ahead < f_.T ? rows_.alive(ahead, job.rows) : 0;
-    for (int64_t p = 0; p < panels; p++) {
-      int64_t b = job.out.begin + (parity ? panels - 1 - p : p) * 4;
-      int units = job.out.take(b, 4);
-      prefetch(job, ahead, share(coming, panels, p));
-      back_product(count, units, job.a_rows, pack_ ? hh_ + (job.g * out_blocks_ + b) * n * hh_steps_ : nullptr, hh_steps_,
+    for (int64_t p = 0; p < walk.count(); p++) {
+      int64_t b = walk[p];
+      int units = walk.units(p);
+      prefetch(job, ahead, share(coming, walk.count(), p));
+      back_product(count, units, job.a_rows, pack_ ? hh + b * n * hh_steps_ : nullptr, hh + walk.next(p) * n * hh_steps_, hh_steps_,
                    (const ST*)job.w.w_hh, f_.P, G * f_.H, b, job.sums);
       for (int64_t i = 0; i < count; i++) {
         bool fresh = rows_.resets(rows_.at(t, job.rows[i]), job.g);

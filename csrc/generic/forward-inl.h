@@ -10,7 +10,6 @@ class ForwardScan {
   static constexpr int n = Simd<CT>::n, G = Cell::kGates;
   static constexpr int kUnits = G == 1 ? 4 : 1;  // hidden blocks in a panel, so that it is three or four vectors wide
   static constexpr int kWide = 4;
-  static constexpr int64_t kLargeWeights = 6 << 20;
   static constexpr int64_t kFairRows = 8;  // a full tile: fewer would read the weights for too little
 
  public:
@@ -23,8 +22,8 @@ class ForwardScan {
     projected_ = f.weights[0].w_hr != nullptr;
     blocks_ = ceil_div(f.H, n);
     out_blocks_ = ceil_div(f.P, n);
-    split_ = Split::choose(f, max_threads, blocks_, G * f.H * f.P, f.gx ? 0 : G * f.H * f.I,
-                            G * f.H * f.P * int64_t(sizeof(W)) / M::kPair > kLargeWeights ? 4 * kFairRows : kFairRows);
+    split_ = Split::choose(f, max_threads, blocks_, G * f.H * f.P, G * f.H * f.P * int64_t(sizeof(W)) / M::kPair,
+                           f.gx ? 0 : G * f.H * f.I, kFairRows);
     rows_.deal(split_.rows);
     pack_hh_ = f.S >= 16 && (f.T >= 4 || f.B >= 16);
     pack_ih_ = !f.gx && f.S >= 24;
@@ -111,7 +110,7 @@ class ForwardScan {
 
   void pack_gates(int64_t g, int64_t block, int units) {
     const Weights& w = f_.weights[g];
-    int64_t row[kUnits * G], at = (g * blocks_ + block) * G * n;
+    int64_t row[kUnits * G], at = gate(g, block);
     int valid[kUnits * G];
     for (int u = 0; u < units; u++)
       for (int k = 0; k < G; k++) {
@@ -136,6 +135,8 @@ class ForwardScan {
     pack_nt<M>((const ST*)f_.weights[g].w_hr, f_.H, row, valid, units, hr_ + (g * out_blocks_ + block) * n * hr_steps_);
   }
 
+  // Where a block of hidden units starts among the gates of all groups.
+  int64_t gate(int64_t g, int64_t block) const { return (g * blocks_ + block) * G * n; }
   A* h_at(int64_t g, int parity, int64_t i) { return h_ + ((g * 2 + parity) * f_.B + i) * h_stride_; }
   CT* c_at(int64_t g, int64_t i) { return c_ + (g * f_.B + i) * c_stride_; }
   A* m_at(int64_t g, int64_t i) { return m_ + (g * f_.B + i) * m_stride_; }
@@ -224,17 +225,18 @@ class ForwardScan {
         }
       }
     }
-    for (int64_t b = job.own.begin; b < job.own.end; b += kUnits) {
-      int64_t at = (job.g * blocks_ + b) * G * n;
-      product(total, job.own.take(b, kUnits), job.x_rows, pack_ih_ ? ih_ + at * ih_steps_ : nullptr, ih_steps_, (const ST*)job.w.w_ih,
-              f_.I, b, bias_ih_ + at, job.gx + (b - job.own.begin) * G * n * chunk_rows_);
+    Walk walk{job.own, kUnits};
+    for (int64_t p = 0; p < walk.count(); p++) {
+      int64_t b = walk[p], at = gate(job.g, b), then = gate(job.g, walk.next(p));
+      product(total, walk.units(p), job.x_rows, pack_ih_ ? ih_ + at * ih_steps_ : nullptr, ih_ + then * ih_steps_, ih_steps_,
+              (const ST*)job.w.w_ih, f_.I, b, bias_ih_ + at, job.gx + (b - job.own.begin) * G * n * chunk_rows_);
     }
   }
 
   // [rows][units][G][n] = bias + left rows times the gates' weights of these units.
-  void product(int64_t rows, int units, const A* const* a, const W* panel, int64_t steps, const ST* weight, int64_t K, int64_t block,
-               const CT* bias, CT* to) {
-    if (panel) return packed_rows<M>(rows, units * G, a, panel, steps, bias, to);
+  void product(int64_t rows, int units, const A* const* a, const W* panel, const W* next, int64_t steps, const ST* weight, int64_t K,
+               int64_t block, const CT* bias, CT* to) {
+    if (panel) return packed_rows<M>(rows, units * G, a, panel, next, steps, bias, to);
     for (int u = 0; u < units; u++)
       for (int k = 0; k < G; k++) {
         int64_t j = (block + u) * n;
@@ -259,16 +261,16 @@ class ForwardScan {
   // One step for this thread's columns.
   void advance(const Job& job, int64_t t, int64_t count, int64_t base, int parity) {
     for (int64_t i = 0; i < count; i++) job.a_rows[i] = h_at(job.g, parity, job.rows[i]);
-    // Back and forth: what the last step read last is still in the nearest cache.
-    int64_t panels = ceil_div(job.own.size(), kUnits), ahead = job.w.reverse ? t - 1 : t + 1;
+    Walk walk{job.own, kUnits, parity != 0};  // back and forth: what the last step read last is still in the nearest cache
+    int64_t ahead = job.w.reverse ? t - 1 : t + 1;
     int64_t coming = f_.planes && ahead >= 0 && ahead < f_.T ? rows_.alive(ahead, job.rows) : 0;
-    for (int64_t p = 0; p < panels; p++) {
-      int64_t b = job.own.begin + (parity ? panels - 1 - p : p) * kUnits, at = (job.g * blocks_ + b) * G * n;
-      int units = job.own.take(b, kUnits);
+    for (int64_t p = 0; p < walk.count(); p++) {
+      int64_t b = walk[p], at = gate(job.g, b), then = gate(job.g, walk.next(p));
+      int units = walk.units(p);
       const CT* gx = f_.gx ? nullptr : job.gx + (b - job.own.begin) * G * n * chunk_rows_ + base * units * G * n;
-      prefetch(job, ahead, share(coming, panels, p));
-      product(count, units, job.a_rows, pack_hh_ ? hh_ + at * hh_steps_ : nullptr, hh_steps_, (const ST*)job.w.w_hh, f_.P, b,
-              bias_hh_ + at, job.sums);
+      prefetch(job, ahead, share(coming, walk.count(), p));
+      product(count, units, job.a_rows, pack_hh_ ? hh_ + at * hh_steps_ : nullptr, hh_ + then * hh_steps_, hh_steps_,
+              (const ST*)job.w.w_hh, f_.P, b, bias_hh_ + at, job.sums);
       for (int64_t i = 0; i < count; i++)
         step_row(job, t, job.rows[i], b, units, parity, gx ? gx + i * units * G * n : nullptr, job.sums + i * units * G * n);
     }
@@ -326,10 +328,13 @@ class ForwardScan {
   // h' = m W_hr^T for this thread's outputs.
   void project_output(const Job& job, int64_t t, int64_t count, int parity) {
     for (int64_t i = 0; i < count; i++) job.a_rows[i] = m_at(job.g, job.rows[i]);
-    for (int64_t b = job.out.begin; b < job.out.end; b += 4) {
-      int units = job.out.take(b, 4);
+    Walk walk{job.out, 4};
+    for (int64_t p = 0; p < walk.count(); p++) {
+      int64_t b = walk[p];
+      int units = walk.units(p);
       if (pack_hh_) {
-        packed_rows<M>(count, units, job.a_rows, hr_ + (job.g * out_blocks_ + b) * n * hr_steps_, hr_steps_, nullptr, job.sums);
+        const W* hr = hr_ + job.g * out_blocks_ * n * hr_steps_;
+        packed_rows<M>(count, units, job.a_rows, hr + b * n * hr_steps_, hr + walk.next(p) * n * hr_steps_, hr_steps_, nullptr, job.sums);
       } else {
         for (int64_t i = 0; i < count; i++)
           for (int u = 0; u < units; u++) {

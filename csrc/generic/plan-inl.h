@@ -29,8 +29,11 @@ struct Split {
 
   // Both directions at once where the threads allow it, no barrier then being needed. Then rows, as long as each share has
   // `fair_rows`: what threads of a team pass to one another at every step costs more than reading all the weights, unless
-  // these fill the last cache. Then columns. `products` is the multiplications of one row in one step of one group, `ahead` those of its input projection.
-  static Split choose(const Scan& call, int threads, int64_t column_blocks, int64_t products, int64_t ahead, int64_t fair_rows) {
+  // these come from far away. Then columns. `products` is the multiplications of one row in one step of one group,
+  // `weight_bytes` what it reads of weights for them, `ahead` the multiplications of its input projection.
+  static Split choose(const Scan& call, int threads, int64_t column_blocks, int64_t products, int64_t weight_bytes, int64_t ahead,
+                      int64_t fair_rows) {
+    if (weight_bytes > near_weights()) fair_rows = kFairRowsFar;
     Split s;
     int64_t rows = call.B < 2 ? 2 : call.B;  // one row is bound by the weights' bytes: it takes as long as two
     if (call.T * rows * call.N * (products + ahead) < kWorthARegion) threads = 1;
@@ -52,6 +55,7 @@ struct Split {
     return s;
   }
 
+  static constexpr int64_t kFairRowsFar = 16;
   static constexpr int64_t kWorthARegion = 600 * 1000;   // about 10 us on one core
   static constexpr int64_t kWorthABarrier = 50 * 1000;   // about 1 us: a barrier and the other threads' share of h
   Deal deal(int64_t B, bool ragged, int team) const {

@@ -122,10 +122,13 @@ static void pack_nn(const typename M::ST* w, int64_t ld, int64_t K, int64_t colu
 
 // ---- packed products ---------------------------------------------------------------------------------------------
 
-// out[m][v][lane] = start[m * start_row + v][lane] + sum_k a[m][at + k] panel[k][v][lane]; start null: zero.
+// out[m][v][lane] = start[m * start_row + v][lane] + sum_k a[m][at + k] panel[k][v][lane]; start null: zero. Meanwhile
+// `steps` vectors from `ahead` on come into the second cache: what the hardware fetches by itself where weights lie in the
+// third is 28 GB/s a core on a Sapphire Rapids, too little for tiles of few rows.
 template <class M, int MR, int NV>
 static __attribute__((noinline)) void packed_tile(const typename M::A* const* a, int64_t at, const typename M::W* panel,
-                                                  int64_t steps, const typename M::CT* start, int start_row, typename M::CT* out) {
+                                                  int64_t steps, const typename M::CT* start, int start_row, typename M::CT* out,
+                                                  const typename M::W* ahead) {
   typedef typename M::CT CT;
   constexpr int n = Simd<CT>::n;
   vec<CT> acc[MR][NV];
@@ -136,11 +139,13 @@ static __attribute__((noinline)) void packed_tile(const typename M::A* const* a,
 #pragma GCC unroll 4
     for (int v = 0; v < NV; v++) acc[m][v] = start ? load(start + (m * start_row + v) * n) : vec<CT>{};
   }
+#pragma GCC unroll 4
   for (int64_t k = 0; k < steps; k++) {
     typename M::Wide w[NV];
 #pragma GCC unroll 4
     for (int v = 0; v < NV; v++) w[v] = M::load_packed(panel + v * n);
     panel += NV * n;
+    __builtin_prefetch(ahead + k * n, 0, 2);
 #pragma GCC unroll 8
     for (int m = 0; m < MR; m++) {
       typename M::Wide x = M::broadcast(row[m] + k * M::kPair);
@@ -159,11 +164,11 @@ static constexpr int max_rows(int NV) { return RK_REGISTERS == 32 ? (NV == 4 ? 6
 
 template <class M, int NV>
 static void packed_tile(int rows, const typename M::A* const* a, int64_t at, const typename M::W* panel, int64_t steps,
-                        const typename M::CT* start, int start_row, typename M::CT* out) {
+                        const typename M::CT* start, int start_row, typename M::CT* out, const typename M::W* ahead) {
   switch (rows) {
-#define RK_CASE(MR)                                                                                            \
-  case MR:                                                                                                     \
-    if constexpr (MR <= max_rows(NV)) packed_tile<M, MR, NV>(a, at, panel, steps, start, start_row, out); \
+#define RK_CASE(MR)                                                                                                 \
+  case MR:                                                                                                          \
+    if constexpr (MR <= max_rows(NV)) packed_tile<M, MR, NV>(a, at, panel, steps, start, start_row, out, ahead); \
     return;
     RK_CASE(1) RK_CASE(2) RK_CASE(3) RK_CASE(4) RK_CASE(5) RK_CASE(6) RK_CASE(7) RK_CASE(8)
 #undef RK_CASE
@@ -171,30 +176,32 @@ static void packed_tile(int rows, const typename M::A* const* a, int64_t at, con
 }
 
 // Any number of rows times one panel: out[rows][NV][n] = start[NV][n] + product. Long sums are cut so that the piece of the
-// panel and of the rows in use stays in the second cache.
+// panel and of the rows in use stays in the second cache. `next` is the panel that is read after this one.
 template <class M, int NV>
-static void packed_rows(int64_t rows, const typename M::A* const* a, const typename M::W* panel, int64_t steps,
-                        const typename M::CT* start, typename M::CT* out) {
+static void packed_rows(int64_t rows, const typename M::A* const* a, const typename M::W* panel, const typename M::W* next,
+                        int64_t steps, const typename M::CT* start, typename M::CT* out) {
   constexpr int64_t n = Simd<typename M::CT>::n, kDepth = 512;
   int64_t tiles = ceil_div(rows, max_rows(NV)), depth = tiles > 1 && steps > 2 * kDepth ? kDepth : steps;
   for (int64_t k = 0; k < steps; k += depth) {
     int64_t some = steps - k < depth ? steps - k : depth;
+    const typename M::W *piece = panel + k * NV * n, *ahead = k + depth < steps ? piece + depth * NV * n : next;
     for (int64_t tile = 0; tile < tiles; tile++) {
       Range r = share(rows, tiles, tile);
       typename M::CT* to = out + r.begin * NV * n;
-      packed_tile<M, NV>(int(r.size()), a + r.begin, k, panel + k * NV * n, some, k ? to : start, k ? NV : 0, to);
+      packed_tile<M, NV>(int(r.size()), a + r.begin, k, piece, some, k ? to : start, k ? NV : 0, to,
+                         tile < NV ? ahead + tile * some * n : piece);
     }
   }
 }
 
 template <class M>
-static void packed_rows(int64_t rows, int NV, const typename M::A* const* a, const typename M::W* panel, int64_t steps,
-                        const typename M::CT* start, typename M::CT* out) {
+static void packed_rows(int64_t rows, int NV, const typename M::A* const* a, const typename M::W* panel, const typename M::W* next,
+                        int64_t steps, const typename M::CT* start, typename M::CT* out) {
   switch (NV) {
-    case 1: return packed_rows<M, 1>(rows, a, panel, steps, start, out);
-    case 2: return packed_rows<M, 2>(rows, a, panel, steps, start, out);
-    case 3: return packed_rows<M, 3>(rows, a, panel, steps, start, out);
-    case 4: return packed_rows<M, 4>(rows, a, panel, steps, start, out);
+    case 1: return packed_rows<M, 1>(rows, a, panel, next, steps, start, out);
+    case 2: return packed_rows<M, 2>(rows, a, panel, next, steps, start, out);
+    case 3: return packed_rows<M, 3>(rows, a, panel, next, steps, start, out);
+    case 4: return packed_rows<M, 4>(rows, a, panel, next, steps, start, out);
   }
 }
 

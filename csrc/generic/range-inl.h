@@ -17,6 +17,19 @@ static inline Range share(int64_t total, int64_t parts, int64_t part) { return {
 
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// The blocks of a range in panels of `width`, forwards or back.
+struct Walk {
+  Range range;
+  int64_t width;
+  bool back = false;
+
+  int64_t count() const { return ceil_div(range.size(), width); }
+  int64_t operator[](int64_t p) const { return range.begin + (back ? count() - 1 - p : p) * width; }
+  // The panel after p; the last one again after the last.
+  int64_t next(int64_t p) const { return (*this)[p + 1 < count() ? p + 1 : p]; }
+  int units(int64_t p) const { return range.take((*this)[p], int(width)); }
+};
+
 // Towards the second cache, while a product runs: what will be read, and what will be written.
 template <class T>
 static inline void prefetch_columns(const T* row, Range c, bool write) {
