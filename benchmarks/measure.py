@@ -19,6 +19,7 @@ from benchmarks.problem import Problem, Side, Unavailable, module_side
 # An engine that runs ONNX may approximate its activations; further off than this it computes something else.
 FOREIGN = {"fp32": 1e-3, "bf16": 5e-2}
 SLICE = 0.002  # s
+WARM = 0.015  # s; a pool that slept may start out on one core: several slices of the scheduler until it is spread
 
 
 class Wrong(Exception):
@@ -108,13 +109,19 @@ def _seconds(call: Callable[[], object], calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
+def warm_up(call: Callable[[], object]) -> None:
+    end = time.perf_counter() + WARM
+    while time.perf_counter() < end:
+        call()
+
+
 def interleave(mine: Side, peer: Side, protocol: Protocol) -> Timing:
-    """Rounds of A B, each side on an idle machine and after a call that is not timed; the ratio is a round's own."""
+    """Rounds of A B, each side on an idle machine and after calls that are not timed; the ratio is a round's own."""
     sides, calls = (mine, peer), []
     for side in sides:
         settle()
-        single = _seconds(side.call, 2)  # warms up
-        single = min(single, _seconds(side.call, 1 if single > 0.1 else 3))
+        warm_up(side.call)
+        single = min(_seconds(side.call, 1) for _ in range(3))
         calls.append(max(1, round(protocol.batch / single)))
     times: list[tuple[float, ...]] = []
     gc.collect()
@@ -125,8 +132,7 @@ def interleave(mine: Side, peer: Side, protocol: Protocol) -> Timing:
             pair = []
             for side, count in zip(sides, calls, strict=True):
                 settle()
-                if count > 1:
-                    side.call()
+                warm_up(side.call)
                 pair.append(_seconds(side.call, count))
             times.append(tuple(pair))
     finally:
