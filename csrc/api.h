@@ -1,4 +1,5 @@
-// The boundary between Python and the kernels: plain structs of pointers, sizes and strides. Neither torch nor Python here.
+// The boundary between Python and the kernels: plain structs of pointers, sizes and strides. Neither torch nor Python
+// here.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -10,7 +11,8 @@ enum class DType : int { f64, f32, bf16, f16 };
 
 constexpr int kMaxStates = 2;
 
-// One group of weights: a direction of a layer, or a member of an ensemble. Row-major and contiguous, gates in torch order.
+// One group of weights: a direction of a layer, or a member of an ensemble. Row-major and contiguous, gates in torch
+// order.
 struct Weights {
   const void* w_hh = nullptr;  // [G*H, P]
   const void* b_hh = nullptr;  // [G*H] or null
@@ -25,15 +27,15 @@ struct Scan {
   Cell cell = Cell::lstm;
   DType dtype = DType::f32;
   int64_t T = 0, B = 0, S = 0, N = 0, I = 0, H = 0, P = 0;
-  int64_t models = 1;                   // x is [S, models, I]; group n reads x[:, n / (N / models)]
-  const int64_t* offsets = nullptr;     // [T]; null: t * B
-  const int64_t* lengths = nullptr;     // [B]; null: all T
-  const uint8_t* reset = nullptr;       // [S, N] with the strides below; null: none
+  int64_t models = 1;                // x is [S, models, I]; group n reads x[:, n / (N / models)]
+  const int64_t* offsets = nullptr;  // [T]; null: t * B
+  const int64_t* lengths = nullptr;  // [B]; null: all T
+  const uint8_t* reset = nullptr;    // [S, N] with the strides below; null: none
   int64_t reset_s = 0, reset_n = 0;
   const void* reset_state[kMaxStates] = {};  // [N, B, width], batch stride 0 allowed; null: zero
   int64_t reset_state_n[kMaxStates] = {}, reset_state_b[kMaxStates] = {};
-  const Weights* weights = nullptr;     // [N]
-  const void* state[kMaxStates] = {};   // [N, B, width] contiguous; forward only: null for zero
+  const Weights* weights = nullptr;    // [N]
+  const void* state[kMaxStates] = {};  // [N, B, width] contiguous; forward only: null for zero
   int threads = 1;
 };
 
@@ -42,11 +44,11 @@ struct Forward : Scan {
   int64_t gx_s = 0, gx_n = 0;
   const void* x = nullptr;  // [S, models, I], last stride 1
   int64_t x_s = 0, x_m = 0;
-  void* y = nullptr;                  // [S, N, P]
+  void* y = nullptr;                   // [S, N, P]
   void* final_state[kMaxStates] = {};  // [N, B, width]; h may be null where nobody asks for it
-  void* seq = nullptr;                // [S, N, H] second state after every step, accumulation dtype; or null
-  void* planes = nullptr;             // [S, N, Q, H] or null
-  void* hidden = nullptr;             // [S, N, H] or null
+  void* seq = nullptr;                 // [S, N, H] second state after every step, accumulation dtype; or null
+  void* planes = nullptr;              // [S, N, Q, H] or null
+  void* hidden = nullptr;              // [S, N, H] or null
 };
 
 struct Backward : Scan {
@@ -55,13 +57,13 @@ struct Backward : Scan {
   const void* planes = nullptr;  // [S, N, Q, H]
   const void* dy = nullptr;      // [S, N, P], last stride 1
   int64_t dy_s = 0, dy_n = 0;
-  const void* dseq = nullptr;                // [S, N, H] contiguous or null
-  const void* dfinal[kMaxStates] = {};       // [N, B, width] contiguous
-  void* dgx = nullptr;                       // [S, N, G*H]
-  void* dgh = nullptr;                       // [S, N, G*H], cells with a split gate only
-  void* dh = nullptr;                        // [S, N, P], with w_hr only
-  void* dstate[kMaxStates] = {};             // [N, B, width]
-  void* dreset_state[kMaxStates] = {};       // [N, B, width], zeroed by the caller; null without reset states
+  const void* dseq = nullptr;           // [S, N, H] contiguous or null
+  const void* dfinal[kMaxStates] = {};  // [N, B, width] contiguous
+  void* dgx = nullptr;                  // [S, N, G*H]
+  void* dgh = nullptr;                  // [S, N, G*H], cells with a split gate only
+  void* dh = nullptr;                   // [S, N, P], with w_hr only
+  void* dstate[kMaxStates] = {};        // [N, B, width]
+  void* dreset_state[kMaxStates] = {};  // [N, B, width], zeroed by the caller; null without reset states
 };
 
 // The kernels of one instruction set.

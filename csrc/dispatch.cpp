@@ -6,6 +6,7 @@
 #endif
 
 #include <cstdlib>
+#include <cstring>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -45,7 +46,8 @@ void prefer_large_pages(void* memory, size_t bytes) {
   constexpr uintptr_t kPage = uintptr_t(2) << 20;
   uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
   uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / kPage * kPage;
-  if (memory && begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: may be refused
+  if (memory && begin < end)
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: may be refused
 #else
   (void)memory, (void)bytes;
 #endif
@@ -56,7 +58,8 @@ int64_t near_weights() {
     int64_t near = int64_t(6) << 20;  // the third cache, where few cores share it: 90 GB/s a core on a Zen 4
 #if defined(__x86_64__) && defined(_SC_LEVEL2_CACHE_SIZE)
     int64_t second = sysconf(_SC_LEVEL2_CACHE_SIZE);
-    if (__builtin_cpu_is("intel") && second > 0) near = second;  // a mesh lies behind it: 28 GB/s a core on a Sapphire Rapids
+    if (__builtin_cpu_is("intel") && second > 0)
+      near = second;  // a mesh lies behind it: 28 GB/s a core on a Sapphire Rapids
 #endif
     return near;
   }();
@@ -79,7 +82,9 @@ void Scratch::allocate() {
   } else {
     capacity_ = size_;
     base_ = static_cast<unsigned char*>(std::aligned_alloc(64, size_));
-    if (!base_) throw std::runtime_error("rnnkern: out of memory: cannot allocate " + std::to_string(size_) + " bytes of scratch space");
+    if (!base_)
+      throw std::runtime_error("rnnkern: out of memory: cannot allocate " + std::to_string(size_) +
+                               " bytes of scratch space");
   }
   for (int i = 0; i < count_; i++) *arrays_[i].array = base_ + arrays_[i].offset;
 }
@@ -94,7 +99,9 @@ Scratch::~Scratch() {
 
 static const Kernels* const kAll[] = {
 #if defined(__x86_64__)
-    &kAvx512Bf16, &kAvx512, &kAvx2,
+    &kAvx512Bf16,
+    &kAvx512,
+    &kAvx2,
 #endif
     &kBaseline,
 };
@@ -106,18 +113,16 @@ const char* const* known_isas() {
 }
 
 const Kernels& choose_kernels(const char* requested) {
-  if (!requested || !*requested) {
-    for (const Kernels* k : kAll)
-      if (k->supported()) return *k;
+  bool any = !requested || !*requested;
+  for (const Kernels* k : kAll) {
+    if (!any && std::strcmp(requested, k->name) != 0) continue;
+    if (k->supported()) return *k;
+    if (!any)
+      throw std::runtime_error(std::string("RNNKERN_CPU_ISA=") + requested +
+                               ": this machine does not have that instruction set");
   }
   std::string names;
-  for (const Kernels* k : kAll) {
-    names += std::string(names.empty() ? "" : ", ") + k->name;
-    if (requested && std::string(requested) == k->name) {
-      if (k->supported()) return *k;
-      throw std::runtime_error(std::string("RNNKERN_CPU_ISA=") + requested + ": this machine does not have that instruction set");
-    }
-  }
+  for (const Kernels* k : kAll) names += std::string(names.empty() ? "" : ", ") + k->name;
   throw std::runtime_error(std::string("RNNKERN_CPU_ISA=") + requested + ": expected one of " + names);
 }
 

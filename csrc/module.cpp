@@ -1,4 +1,5 @@
-// The Python module: turns numbers and tuples into the structs of api.h. The only file that sees Python.
+// The Python module: turns numbers and tuples into the structs of api.h. This and layer.cpp are the only files that see
+// Python.
 #include <pybind11/pybind11.h>
 
 #include <cstdlib>
@@ -7,6 +8,7 @@
 #include <vector>
 
 #include "api.h"
+#include "layer.h"
 
 namespace py = pybind11;
 
@@ -30,24 +32,27 @@ void check_rows(const Scan& s) {
   for (int64_t b = 0; b < s.B; b++) {
     int64_t length = s.lengths[b];
     if (length < 0 || length > s.T)
-      throw std::invalid_argument("lengths must lie in [0, " + std::to_string(s.T) + "], got " + std::to_string(length));
+      throw std::invalid_argument("lengths must lie in [0, " + std::to_string(s.T) + "], got " +
+                                  std::to_string(length));
     if (length > 0) last[length - 1] = b + 1;
   }
   for (int64_t t = s.T - 1; t >= 0; t--) {
     if (last[t + 1] > last[t]) last[t] = last[t + 1];
     int64_t offset = s.offsets ? s.offsets[t] : t * s.B;
     if (last[t] && (offset < 0 || offset > s.S - last[t]))
-      throw std::invalid_argument("step " + std::to_string(t) + " reaches beyond the " + std::to_string(s.S) + " rows given");
+      throw std::invalid_argument("step " + std::to_string(t) + " reaches beyond the " + std::to_string(s.S) +
+                                  " rows given");
   }
 }
 
-// What both directions are given: sizes (T, B, S, N, I, H, P, models, threads), layout (offsets, lengths, reset, its two
-// strides), reset_states (pointer and two strides each), weights (w_hh, b_hh, w_hr, w_ih, b_ih, reverse for each group).
+// What both directions are given: sizes (T, B, S, N, I, H, P, models, threads), layout (offsets, lengths, reset, its
+// two strides), reset_states (pointer and two strides each), weights (w_hh, b_hh, w_hr, w_ih, b_ih, reverse for each
+// group).
 struct Common {
   std::vector<Weights> weights;
 
-  void fill(Scan& s, int cell, int dtype, const py::tuple& sizes, const py::tuple& layout, const py::tuple& reset_states,
-            const py::tuple& groups, const py::tuple& states) {
+  void fill(Scan& s, int cell, int dtype, const py::tuple& sizes, const py::tuple& layout,
+            const py::tuple& reset_states, const py::tuple& groups, const py::tuple& states) {
     s.cell = Cell(cell);
     s.dtype = DType(dtype);
     int64_t* size[] = {&s.T, &s.B, &s.S, &s.N, &s.I, &s.H, &s.P, &s.models};
@@ -77,8 +82,9 @@ struct Common {
   }
 };
 
-void forward(const std::string& isa, int cell, int dtype, const py::tuple& sizes, const py::tuple& layout, const py::tuple& reset_states,
-             const py::tuple& groups, const py::tuple& states, const py::tuple& input, const py::tuple& outputs) {
+void forward(const std::string& isa, int cell, int dtype, const py::tuple& sizes, const py::tuple& layout,
+             const py::tuple& reset_states, const py::tuple& groups, const py::tuple& states, const py::tuple& input,
+             const py::tuple& outputs) {
   Forward f;
   Common common;
   common.fill(f, cell, dtype, sizes, layout, reset_states, groups, states);
@@ -96,39 +102,9 @@ void forward(const std::string& isa, int cell, int dtype, const py::tuple& sizes
   k.forward(f);
 }
 
-// One dense layer in one direction: the short way of rnnkern/_fast.py. A plain C function, because the conversion of twenty
-// arguments costs what a small step does. Takes the instruction set, cell and dtype, T, B, I, H, P, threads, and the
-// addresses of x, w_ih, b_ih, w_hh, b_hh, w_hr, h_0, c_0, y, h_n, c_n, 0 where absent: states then start from zero.
-PyObject* layer(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 20) return PyErr_Format(PyExc_TypeError, "layer takes 20 arguments, got %zd", count);
-  const char* isa = PyUnicode_AsUTF8(args[0]);
-  if (!isa) return nullptr;
-  Weights w;
-  Forward f;
-  f.N = 1, f.weights = &w;
-  f.cell = Cell(integer(args[1])), f.dtype = DType(integer(args[2]));
-  f.T = integer(args[3]), f.B = integer(args[4]), f.I = integer(args[5]), f.H = integer(args[6]), f.P = integer(args[7]);
-  f.S = f.T * f.B, f.x_s = f.x_m = f.I;
-  f.threads = int(integer(args[8]));
-  const void** in[] = {&f.x, &w.w_ih, &w.b_ih, &w.w_hh, &w.b_hh, &w.w_hr, &f.state[0], &f.state[1]};
-  void** out[] = {&f.y, &f.final_state[0], &f.final_state[1]};
-  for (int i = 0; i < 8; i++) *in[i] = pointer(args[9 + i]);
-  for (int i = 0; i < 3; i++) *out[i] = const_cast<void*>(pointer(args[17 + i]));
-  if (PyErr_Occurred()) return nullptr;
-  try {
-    const Kernels& k = choose_kernels(isa);
-    py::gil_scoped_release nogil;
-    k.forward(f);
-  } catch (const std::exception& error) {
-    return PyErr_Format(PyExc_RuntimeError, "%s", error.what());
-  }
-  Py_RETURN_NONE;
-}
-
-PyMethodDef kLayer = {"layer", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&layer)), METH_FASTCALL, nullptr};
-
-void backward(const std::string& isa, int cell, int dtype, const py::tuple& sizes, const py::tuple& layout, const py::tuple& reset_states,
-              const py::tuple& groups, const py::tuple& states, const py::tuple& saved, const py::tuple& grads, const py::tuple& outputs) {
+void backward(const std::string& isa, int cell, int dtype, const py::tuple& sizes, const py::tuple& layout,
+              const py::tuple& reset_states, const py::tuple& groups, const py::tuple& states, const py::tuple& saved,
+              const py::tuple& grads, const py::tuple& outputs) {
   Backward f;
   Common common;
   common.fill(f, cell, dtype, sizes, layout, reset_states, groups, states);
@@ -155,10 +131,11 @@ PYBIND11_MODULE(_cpu, m) {
   using namespace rnnkern;
   m.doc() = "rnnkern's C++ scans. Takes addresses and sizes; rnnkern.backends.cpp checks them.";
   m.def("forward", &forward);
-  m.add_object("layer", py::reinterpret_steal<py::object>(PyCFunction_New(&kLayer, nullptr)));
+  if (PyModule_AddFunctions(m.ptr(), kLayerMethods) != 0) throw py::error_already_set();
   m.def("backward", &backward);
-  m.def("chosen", [](const std::string& requested) { return std::string(kernels(requested).name); },
-        "Name of the instruction set that a request ('' for the best) takes; raises with the reason where it cannot.");
+  m.def(
+      "chosen", [](const std::string& requested) { return std::string(kernels(requested).name); },
+      "Name of the instruction set that a request ('' for the best) takes; raises with the reason where it cannot.");
   m.def("isas", [] {
     py::list names;
     for (const char* const* name = known_isas(); *name; name++) names.append(*name);

@@ -58,8 +58,8 @@ void prefer_large_pages(void* memory, size_t bytes);
 // Bytes of weights up to which a core reads them at every step about as fast as from its second cache.
 int64_t near_weights();
 
-// One aligned block in several arrays: name them all, then allocate. Each calling thread keeps its last block for its next
-// call, up to kKept bytes: fresh pages cost more than the packing that they are for.
+// One aligned block in several arrays: name them all, then allocate. Each calling thread keeps its last block for its
+// next call, up to kKept bytes: fresh pages cost more than the packing that they are for.
 class Scratch {
  public:
   Scratch() = default;

@@ -30,12 +30,13 @@ def unwatched() -> bool:
     )
 
 
+def holds_numbers(t: Tensor) -> bool:
+    """Whether its numbers lie in memory: not those of a negated view, of a stand-in for zeros, or of a subclass."""
+    return type(t) in PLAIN and not t.is_neg() and not t._is_zerotensor()
+
+
 def real(tensors: Sequence[Tensor]) -> bool:
-    """Whether every tensor is no subclass and has memory, with its numbers in it (a negated view's are not)."""
-    for t in tensors:
-        if type(t) not in PLAIN or t.is_meta or t.is_neg():
-            return False
-    return True
+    return all(holds_numbers(t) and not t.is_meta for t in tensors)
 
 
 def forward_levels() -> int:

@@ -18,8 +18,8 @@ from rnnkern._backward import LayerBackward, gradients_in_torch, tangents_of
 from rnnkern._fold import Fold, Mapped, one_by_one, sample
 from rnnkern._plan import Plan, cached_plan, make_plan, shape_only
 from rnnkern._run import (
-    PLAIN,
     forward_levels,
+    holds_numbers,
     project,
     real,
     run_forward,
@@ -106,8 +106,7 @@ def layer(
     direct, graded = not (compiling or transformed or x.is_meta) and unwatched(), transformed
     graded_mode = torch.is_grad_enabled()
     for t in tensors:
-        # What leaked out of a transform stays wrapped, and a negated view's memory holds other numbers.
-        if direct and (type(t) not in PLAIN or _wrapped(t) or t.is_neg()):
+        if direct and (_wrapped(t) or not holds_numbers(t)):  # what leaked out of a transform stays wrapped
             direct = False
         if graded_mode and t.requires_grad:
             graded = True

@@ -243,14 +243,15 @@ def test_a_bias_set_to_none_is_zero_as_in_torch(missing: str, grad: bool) -> Non
 
 @pytest.mark.parametrize("grad", [True, False])
 def test_memory_that_does_not_hold_the_numbers(grad: bool) -> None:
-    """A view that is negated when read, and what leaked out of a transform."""
+    """A view that is negated when read, what leaked out of a transform, and a stand-in for zeros without memory."""
     leaked: list[torch.Tensor] = []
     torch.func.grad(lambda v: (leaked.append(v * 1), v.sum())[1])(torch.randn(4, 2, 3, dtype=torch.float64))
     plain = torch.randn(4, 2, 3, dtype=torch.float64)
     tiny = torch.randn(1, 1, 1, dtype=torch.complex128).conj().imag
     assert tiny.is_neg() and tiny.is_contiguous()
     with torch.set_grad_enabled(grad):
-        for x, width in ((leaked[0], 3), (torch._neg_view(plain), 3), (tiny, 1)):
+        zeros = torch._efficientzerotensor((4, 2, 3), dtype=torch.float64)
+        for x, width in ((leaked[0], 3), (torch._neg_view(plain), 3), (tiny, 1), (zeros, 3)):
             ours, theirs = rnnkern.LSTM(width, 4).double(), torch.nn.LSTM(width, 4).double()
             theirs.load_state_dict(ours.state_dict())
             truth = theirs(x)[0]
@@ -265,3 +266,5 @@ def test_memory_that_does_not_hold_the_numbers(grad: bool) -> None:
         negated = torch.autograd.grad(ours(x)[0], x, torch._neg_view(dy))
         truth = torch.autograd.grad(ours(x)[0], x, -dy)
         check(negated, truth, truth, "dy")
+        none = torch.autograd.grad(ours(x)[0], x, torch._efficientzerotensor((4, 2, 4), dtype=torch.float64))
+        assert not none[0].any()

@@ -8,7 +8,8 @@ class BackwardScan {
   typedef typename M::W W;
   typedef vec<CT> V;
   static constexpr int n = Simd<CT>::n, G = Cell::kGates, K = Cell::kStates, Q = Cell::kPlanes;
-  static constexpr int64_t kFairRows = 2;  // threads of a team pass all gate gradients to one another: G times what goes forward
+  static constexpr int64_t kFairRows =
+      2;  // threads of a team pass all gate gradients to one another: G times what goes forward
 
  public:
   static void run(const Backward& f) {
@@ -20,7 +21,8 @@ class BackwardScan {
     projected_ = f.weights[0].w_hr != nullptr;
     blocks_ = ceil_div(f.H, n);
     out_blocks_ = ceil_div(f.P, n);
-    split_ = Split::choose(f, max_threads, blocks_, G * f.H * f.P, G * f.H * f.P * int64_t(sizeof(W)) / M::kPair, 0, kFairRows);
+    split_ = Split::choose(f, max_threads, blocks_, G * f.H * f.P, G * f.H * f.P * int64_t(sizeof(W)) / M::kPair, 0,
+                           kFairRows);
     rows_.deal(split_.rows);
     pack_ = f.T >= 4 && f.S >= 16;
     c_stride_ = blocks_ * n;
@@ -59,7 +61,8 @@ class BackwardScan {
  private:
   static void copy_gradients(const Backward& f) {
     for (int k = 0; k < K; k++)
-      if (size_t bytes = f.N * f.B * (k ? f.H * sizeof(CT) : f.P * sizeof(ST))) __builtin_memcpy(f.dstate[k], f.dfinal[k], bytes);
+      if (size_t bytes = f.N * f.B * (k ? f.H * sizeof(CT) : f.P * sizeof(ST)))
+        __builtin_memcpy(f.dstate[k], f.dfinal[k], bytes);
   }
 
   // ---- packing and the gradients of the final states, by all threads ----------------------------------------------
@@ -71,10 +74,12 @@ class BackwardScan {
         Range own = share(blocks_, split_.cols, col), out = share(out_blocks_, split_.cols, col);
         for (int64_t b = out.begin; b < out.end; b += 4)
           if (split_.packer(g, col, b / 4) == rank)
-            pack_nn<M>((const ST*)w.w_hh, f_.P, G * f_.H, b * n, f_.P - b * n, out.take(b, 4), hh_ + (g * out_blocks_ + b) * n * hh_steps_);
+            pack_nn<M>((const ST*)w.w_hh, f_.P, G * f_.H, b * n, f_.P - b * n, out.take(b, 4),
+                       hh_ + (g * out_blocks_ + b) * n * hh_steps_);
         for (int64_t b = own.begin; projected_ && b < own.end; b += 4)
           if (split_.packer(g, col, b / 4) == rank)
-            pack_nn<M>((const ST*)w.w_hr, f_.H, f_.P, b * n, f_.H - b * n, own.take(b, 4), hr_ + (g * blocks_ + b) * n * hr_steps_);
+            pack_nn<M>((const ST*)w.w_hr, f_.H, f_.P, b * n, f_.H - b * n, own.take(b, 4),
+                       hr_ + (g * blocks_ + b) * n * hr_steps_);
       }
     }
     int team = rank / split_.cols;
@@ -110,7 +115,7 @@ class BackwardScan {
     int64_t g;
     Deal rows;
     Range own, out;  // blocks of hidden units and of outputs
-    CT* sums;              // [row][4][n] of one panel
+    CT* sums;        // [row][4][n] of one panel
     const A** a_rows;
   };
 
@@ -118,8 +123,13 @@ class BackwardScan {
     int col = rank % split_.cols;
     Barrier& barrier = barriers_[1 + rank / split_.cols];
     Deal rows = Deal::of(f_.B, split_.rows, rank / split_.cols % split_.rows);
-    Job job{f_.weights[g], g, rows, share(blocks_, split_.cols, col), share(out_blocks_, split_.cols, col),
-            sums_ + rank * f_.B * 4 * n, a_rows_ + rank * f_.B};
+    Job job{f_.weights[g],
+            g,
+            rows,
+            share(blocks_, split_.cols, col),
+            share(out_blocks_, split_.cols, col),
+            sums_ + rank * f_.B * 4 * n,
+            a_rows_ + rank * f_.B};
     int parity = 0;
     for (int64_t step = 0; step < f_.T; step++) {
       int64_t t = job.w.reverse ? step : f_.T - 1 - step, count = rows_.alive(t, rows);
@@ -157,7 +167,7 @@ class BackwardScan {
   void step_back(const Job& job, int64_t t, int64_t count, int parity) {
     if (!projected_) {
       for (int64_t k = 0; k < count; k++) {
-      int64_t i = job.rows[k];
+        int64_t i = job.rows[k];
         int64_t row = rows_.at(t, i);
         const ST* dy = (const ST*)f_.dy + row * f_.dy_s + job.g * f_.dy_n;
         Entering from = entering(job, t, i, row);
@@ -175,29 +185,38 @@ class BackwardScan {
       int64_t b = walk[p];
       int units = walk.units(p);
       const W* hr = hr_ + job.g * blocks_ * n * hr_steps_;
-      back_product(count, units, job.a_rows, pack_ ? hr + b * n * hr_steps_ : nullptr, hr + walk.next(p) * n * hr_steps_, hr_steps_,
-                   (const ST*)job.w.w_hr, f_.H, f_.P, b, job.sums);
+      back_product(count, units, job.a_rows, pack_ ? hr + b * n * hr_steps_ : nullptr,
+                   hr + walk.next(p) * n * hr_steps_, hr_steps_, (const ST*)job.w.w_hr, f_.H, f_.P, b, job.sums);
       for (int64_t i = 0; i < count; i++) {
         int64_t k = job.rows[i], row = rows_.at(t, k);
         Entering from = entering(job, t, k, row);
         for (int u = 0; u < units; u++) {
           int64_t j = (b + u) * n;
-          cell_back(job, row, k, j, int(f_.H - j < n ? f_.H - j : n), parity, from, load(job.sums + (i * units + u) * n));
+          cell_back(job, row, k, j, int(f_.H - j < n ? f_.H - j : n), parity, from,
+                    load(job.sums + (i * units + u) * n));
         }
       }
     }
   }
 
   // out[rows][units][n] = left rows times columns of w [depth, ld].
-  static void back_product(int64_t rows, int units, const A* const* a, const W* panel, const W* next, int64_t steps, const ST* w,
-                           int64_t ld, int64_t depth, int64_t block, CT* out) {
+  static void back_product(int64_t rows, int units, const A* const* a, const W* panel, const W* next, int64_t steps,
+                           const ST* w, int64_t ld, int64_t depth, int64_t block, CT* out) {
     if (panel) return packed_rows<M>(rows, units, a, panel, next, steps, nullptr, out);
     int64_t j = block * n, width = ld - j;
     for (int64_t i = 0; i < rows; i++, out += units * n) switch (units) {
-        case 1: direct_nn<A, ST, CT, 1>(a[i], w + j, ld, depth, width, out); break;
-        case 2: direct_nn<A, ST, CT, 2>(a[i], w + j, ld, depth, width, out); break;
-        case 3: direct_nn<A, ST, CT, 3>(a[i], w + j, ld, depth, width, out); break;
-        case 4: direct_nn<A, ST, CT, 4>(a[i], w + j, ld, depth, width, out); break;
+        case 1:
+          direct_nn<A, ST, CT, 1>(a[i], w + j, ld, depth, width, out);
+          break;
+        case 2:
+          direct_nn<A, ST, CT, 2>(a[i], w + j, ld, depth, width, out);
+          break;
+        case 3:
+          direct_nn<A, ST, CT, 3>(a[i], w + j, ld, depth, width, out);
+          break;
+        case 4:
+          direct_nn<A, ST, CT, 4>(a[i], w + j, ld, depth, width, out);
+          break;
       }
   }
 
@@ -232,14 +251,16 @@ class BackwardScan {
     Range own = job.own.columns(n, f_.H);
     for (int64_t k = some.begin; k < some.end; k++) {
       int64_t row = rows_.at(t, job.rows[k]), at = row * f_.N + job.g;
-      prefetch_columns((const ST*)f_.dy + row * f_.dy_s + job.g * f_.dy_n, own.end <= f_.P ? own : job.out.columns(n, f_.P), false);
+      prefetch_columns((const ST*)f_.dy + row * f_.dy_s + job.g * f_.dy_n,
+                       own.end <= f_.P ? own : job.out.columns(n, f_.P), false);
       for (int q = 0; q < Q; q++) prefetch_columns((const ST*)f_.planes + (at * Q + q) * f_.H, own, false);
       for (int g = 0; g < G; g++) prefetch_columns((const ST*)f_.dgx + (at * G + g) * f_.H, own, true);
       if (K > 1) prefetch_columns((const CT*)f_.seq + at * f_.H, own, false);
     }
   }
 
-  RK_INLINE void cell_back(const Job& job, int64_t row, int64_t i, int64_t j, int valid, int parity, const Entering& from, V dh) {
+  RK_INLINE void cell_back(const Job& job, int64_t row, int64_t i, int64_t j, int valid, int parity,
+                           const Entering& from, V dh) {
     int64_t at = row * f_.N + job.g;
     V dstate[K], plane[Q], state[K], dgx[G], dgh[G], denter[K];
     dstate[0] = dh;
@@ -281,8 +302,8 @@ class BackwardScan {
       int64_t b = walk[p];
       int units = walk.units(p);
       prefetch(job, ahead, share(coming, walk.count(), p));
-      back_product(count, units, job.a_rows, pack_ ? hh + b * n * hh_steps_ : nullptr, hh + walk.next(p) * n * hh_steps_, hh_steps_,
-                   (const ST*)job.w.w_hh, f_.P, G * f_.H, b, job.sums);
+      back_product(count, units, job.a_rows, pack_ ? hh + b * n * hh_steps_ : nullptr,
+                   hh + walk.next(p) * n * hh_steps_, hh_steps_, (const ST*)job.w.w_hh, f_.P, G * f_.H, b, job.sums);
       for (int64_t i = 0; i < count; i++) {
         bool fresh = rows_.resets(rows_.at(t, job.rows[i]), job.g);
         for (int u = 0; u < units; u++)

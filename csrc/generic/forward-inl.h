@@ -172,9 +172,9 @@ class ForwardScan {
     int64_t g;
     Deal rows;
     Range own, out;  // blocks of hidden units and of outputs
-    CT* gx;                // [panel][row of the chunk][units][G][n]
-    CT* sums;              // [row][units][G][n] of one panel
-    A* x;                  // rows of x as left sides, where they cannot be used in place
+    CT* gx;          // [panel][row of the chunk][units][G][n]
+    CT* sums;        // [row][units][G][n] of one panel
+    A* x;            // rows of x as left sides, where they cannot be used in place
     const A **x_rows, **a_rows;
   };
 
@@ -182,8 +182,15 @@ class ForwardScan {
     int col = rank % split_.cols;
     Barrier& barrier = barriers_[1 + rank / split_.cols];
     Deal rows = Deal::of(f_.B, split_.rows, rank / split_.cols % split_.rows);
-    Job job{f_.weights[g], g, rows, share(blocks_, split_.cols, col), share(out_blocks_, split_.cols, col),
-            gx_ + rank * gx_size_, sums_ + rank * f_.B * kWide * n, x_ + rank * x_size_, x_rows_ + rank * chunk_rows_,
+    Job job{f_.weights[g],
+            g,
+            rows,
+            share(blocks_, split_.cols, col),
+            share(out_blocks_, split_.cols, col),
+            gx_ + rank * gx_size_,
+            sums_ + rank * f_.B * kWide * n,
+            x_ + rank * x_size_,
+            x_rows_ + rank * chunk_rows_,
             a_rows_ + rank * f_.B};
     int64_t ahead = 0, base = 0;
     int parity = 0;
@@ -228,14 +235,15 @@ class ForwardScan {
     Walk walk{job.own, kUnits};
     for (int64_t p = 0; p < walk.count(); p++) {
       int64_t b = walk[p], at = gate(job.g, b), then = gate(job.g, walk.next(p));
-      product(total, walk.units(p), job.x_rows, pack_ih_ ? ih_ + at * ih_steps_ : nullptr, ih_ + then * ih_steps_, ih_steps_,
-              (const ST*)job.w.w_ih, f_.I, b, bias_ih_ + at, job.gx + (b - job.own.begin) * G * n * chunk_rows_);
+      product(total, walk.units(p), job.x_rows, pack_ih_ ? ih_ + at * ih_steps_ : nullptr, ih_ + then * ih_steps_,
+              ih_steps_, (const ST*)job.w.w_ih, f_.I, b, bias_ih_ + at,
+              job.gx + (b - job.own.begin) * G * n * chunk_rows_);
     }
   }
 
   // [rows][units][G][n] = bias + left rows times the gates' weights of these units.
-  void product(int64_t rows, int units, const A* const* a, const W* panel, const W* next, int64_t steps, const ST* weight, int64_t K,
-               int64_t block, const CT* bias, CT* to) {
+  void product(int64_t rows, int units, const A* const* a, const W* panel, const W* next, int64_t steps,
+               const ST* weight, int64_t K, int64_t block, const CT* bias, CT* to) {
     if (panel) return packed_rows<M>(rows, units * G, a, panel, next, steps, bias, to);
     for (int u = 0; u < units; u++)
       for (int k = 0; k < G; k++) {
@@ -253,7 +261,8 @@ class ForwardScan {
     Range own = job.own.columns(n, f_.H);
     for (int64_t k = some.begin; k < some.end; k++) {
       int64_t at = rows_.at(t, job.rows[k]) * f_.N + job.g;
-      for (int q = 0; q < Cell::kPlanes; q++) prefetch_columns((const ST*)f_.planes + (at * Cell::kPlanes + q) * f_.H, own, true);
+      for (int q = 0; q < Cell::kPlanes; q++)
+        prefetch_columns((const ST*)f_.planes + (at * Cell::kPlanes + q) * f_.H, own, true);
       if (Cell::kStates > 1) prefetch_columns((const CT*)f_.seq + at * f_.H, own, true);
     }
   }
@@ -261,7 +270,8 @@ class ForwardScan {
   // One step for this thread's columns.
   void advance(const Job& job, int64_t t, int64_t count, int64_t base, int parity) {
     for (int64_t i = 0; i < count; i++) job.a_rows[i] = h_at(job.g, parity, job.rows[i]);
-    Walk walk{job.own, kUnits, parity != 0};  // back and forth: what the last step read last is still in the nearest cache
+    Walk walk{job.own, kUnits,
+              parity != 0};  // back and forth: what the last step read last is still in the nearest cache
     int64_t ahead = job.w.reverse ? t - 1 : t + 1;
     int64_t coming = f_.planes && ahead >= 0 && ahead < f_.T ? rows_.alive(ahead, job.rows) : 0;
     for (int64_t p = 0; p < walk.count(); p++) {
@@ -272,11 +282,13 @@ class ForwardScan {
       product(count, units, job.a_rows, pack_hh_ ? hh_ + at * hh_steps_ : nullptr, hh_ + then * hh_steps_, hh_steps_,
               (const ST*)job.w.w_hh, f_.P, b, bias_hh_ + at, job.sums);
       for (int64_t i = 0; i < count; i++)
-        step_row(job, t, job.rows[i], b, units, parity, gx ? gx + i * units * G * n : nullptr, job.sums + i * units * G * n);
+        step_row(job, t, job.rows[i], b, units, parity, gx ? gx + i * units * G * n : nullptr,
+                 job.sums + i * units * G * n);
     }
   }
 
-  void step_row(const Job& job, int64_t t, int64_t i, int64_t block, int units, int parity, const CT* gx, const CT* gh) {
+  void step_row(const Job& job, int64_t t, int64_t i, int64_t block, int units, int parity, const CT* gx,
+                const CT* gh) {
     int64_t row = rows_.at(t, i), at = row * f_.N + job.g, b = rows_.batch_row(i);
     bool restart = resets_next(job, t, i);
     const ST* gx_row = (const ST*)f_.gx + row * f_.gx_s + job.g * f_.gx_n;
@@ -292,7 +304,8 @@ class ForwardScan {
       if constexpr (Cell::kStates > 1) state[1] = load(c_at(job.g, i) + j);
       Cell::step(x, h, state, plane);
       if (f_.planes)
-        for (int q = 0; q < Cell::kPlanes; q++) store((ST*)f_.planes + (at * Cell::kPlanes + q) * f_.H + j, plane[q], valid);
+        for (int q = 0; q < Cell::kPlanes; q++)
+          store((ST*)f_.planes + (at * Cell::kPlanes + q) * f_.H + j, plane[q], valid);
       if constexpr (Cell::kStates > 1) {
         if (f_.seq) store((CT*)f_.seq + at * f_.H + j, state[1], valid);
         if (restart) {
@@ -334,13 +347,15 @@ class ForwardScan {
       int units = walk.units(p);
       if (pack_hh_) {
         const W* hr = hr_ + job.g * out_blocks_ * n * hr_steps_;
-        packed_rows<M>(count, units, job.a_rows, hr + b * n * hr_steps_, hr + walk.next(p) * n * hr_steps_, hr_steps_, nullptr, job.sums);
+        packed_rows<M>(count, units, job.a_rows, hr + b * n * hr_steps_, hr + walk.next(p) * n * hr_steps_, hr_steps_,
+                       nullptr, job.sums);
       } else {
         for (int64_t i = 0; i < count; i++)
           for (int u = 0; u < units; u++) {
             int64_t j = (b + u) * n;
             const ST* first = (const ST*)job.w.w_hr + j * f_.H;
-            store(job.sums + (i * units + u) * n, direct_nt<M>(job.a_rows[i], first, f_.H, int(f_.P - j < n ? f_.P - j : n)));
+            store(job.sums + (i * units + u) * n,
+                  direct_nt<M>(job.a_rows[i], first, f_.H, int(f_.P - j < n ? f_.P - j : n)));
           }
       }
       for (int64_t i = 0; i < count; i++)

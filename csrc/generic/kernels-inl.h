@@ -1,16 +1,16 @@
 // All generic code of one instruction set, in order; no include guard. The including file has opened the namespace and
 // the target region and defined RK_VBYTES, RK_REGISTERS and the feature macros.
 
-#include "simd-inl.h"
-#include "math-inl.h"
-#include "range-inl.h"
-#include "product-inl.h"
-#include "plan-inl.h"
-#include "../cells/rnn.h"
-#include "../cells/lstm.h"
 #include "../cells/gru.h"
-#include "forward-inl.h"
+#include "../cells/lstm.h"
+#include "../cells/rnn.h"
 #include "backward-inl.h"
+#include "forward-inl.h"
+#include "math-inl.h"
+#include "plan-inl.h"
+#include "product-inl.h"
+#include "range-inl.h"
+#include "simd-inl.h"
 
 template <class ST>
 struct ModeOf {
@@ -27,20 +27,28 @@ struct ModeOf<bf16> {
 template <template <class, class> class Driver, class M, class Call>
 static void run_cell(const Call& call) {
   switch (call.cell) {
-    case Cell::rnn_tanh: return Driver<Rnn<false>, M>::run(call);
-    case Cell::rnn_relu: return Driver<Rnn<true>, M>::run(call);
-    case Cell::lstm: return Driver<Lstm, M>::run(call);
-    case Cell::gru: return Driver<Gru, M>::run(call);
+    case Cell::rnn_tanh:
+      return Driver<Rnn<false>, M>::run(call);
+    case Cell::rnn_relu:
+      return Driver<Rnn<true>, M>::run(call);
+    case Cell::lstm:
+      return Driver<Lstm, M>::run(call);
+    case Cell::gru:
+      return Driver<Gru, M>::run(call);
   }
 }
 
 template <template <class, class> class Driver, class Call>
 static void run_dtype(const Call& call) {
   switch (call.dtype) {
-    case DType::f64: return run_cell<Driver, ModeOf<double>::type>(call);
-    case DType::f32: return run_cell<Driver, ModeOf<float>::type>(call);
-    case DType::bf16: return run_cell<Driver, ModeOf<bf16>::type>(call);
-    case DType::f16: return run_cell<Driver, ModeOf<f16>::type>(call);
+    case DType::f64:
+      return run_cell<Driver, ModeOf<double>::type>(call);
+    case DType::f32:
+      return run_cell<Driver, ModeOf<float>::type>(call);
+    case DType::bf16:
+      return run_cell<Driver, ModeOf<bf16>::type>(call);
+    case DType::f16:
+      return run_cell<Driver, ModeOf<f16>::type>(call);
   }
 }
 

@@ -1,6 +1,7 @@
 // exp-based activations on vectors; no include guard: included once per ISA namespace.
 // Relative error a few units in the last place over the whole range; NaN stays NaN, infinities saturate.
-// Coefficients: a minimax fit of (exp(r) - 1 - r) / r^2 on |r| <= ln(2) / 2, relative to exp(r) - 1 (1.3e-8 and 1.8e-17).
+// Coefficients: a minimax fit of (exp(r) - 1 - r) / r^2 on |r| <= ln(2) / 2, relative to exp(r) - 1 (1.3e-8
+// and 1.8e-17).
 
 template <class CT>
 struct Exp;

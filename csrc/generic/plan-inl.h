@@ -1,10 +1,10 @@
-// How a scan is laid out in memory and over threads, forward and backward alike; no include guard: included once per ISA
-// namespace.
+// How a scan is laid out in memory and over threads, forward and backward alike; no include guard: included once per
+// ISA namespace.
 //
-// A thread works on a group, a share of the batch rows and a share of the columns. Threads that share a group and rows are
-// a team: they meet at a barrier once a step. Batch rows are sorted by descending length and dealt to the shares in turn,
-// so that every share lives as long as the others and its rows alive at a step are its first ones. The rows of a share are
-// neighbours in every buffer: no core's prefetcher reaches into rows that another one writes.
+// A thread works on a group, a share of the batch rows and a share of the columns. Threads that share a group and rows
+// are a team: they meet at a barrier once a step. Batch rows are sorted by descending length and dealt to the shares in
+// turn, so that every share lives as long as the others and its rows alive at a step are its first ones. The rows of a
+// share are neighbours in every buffer: no core's prefetcher reaches into rows that another one writes.
 
 // One share of the batch rows: places [begin, begin + size) in the order of Rows, dealt at turn `turn` of `turns`.
 struct Deal {
@@ -27,12 +27,12 @@ struct Split {
   int threads() const { return groups * rows * cols; }
   int teams() const { return groups * rows; }
 
-  // Both directions at once where the threads allow it, no barrier then being needed. Then rows, as long as each share has
-  // `fair_rows`: what threads of a team pass to one another at every step costs more than reading all the weights, unless
-  // these come from far away. Then columns. `products` is the multiplications of one row in one step of one group,
-  // `weight_bytes` what it reads of weights for them, `ahead` the multiplications of its input projection.
-  static Split choose(const Scan& call, int threads, int64_t column_blocks, int64_t products, int64_t weight_bytes, int64_t ahead,
-                      int64_t fair_rows) {
+  // Both directions at once where the threads allow it, no barrier then being needed. Then rows, as long as each share
+  // has `fair_rows`: what threads of a team pass to one another at every step costs more than reading all the weights,
+  // unless these come from far away. Then columns. `products` is the multiplications of one row in one step of one
+  // group, `weight_bytes` what it reads of weights for them, `ahead` the multiplications of its input projection.
+  static Split choose(const Scan& call, int threads, int64_t column_blocks, int64_t products, int64_t weight_bytes,
+                      int64_t ahead, int64_t fair_rows) {
     if (weight_bytes > near_weights()) fair_rows = kFairRowsFar;
     Split s;
     int64_t rows = call.B < 2 ? 2 : call.B;  // one row is bound by the weights' bytes: it takes as long as two
@@ -56,8 +56,8 @@ struct Split {
   }
 
   static constexpr int64_t kFairRowsFar = 16;
-  static constexpr int64_t kWorthARegion = 600 * 1000;   // about 10 us on one core
-  static constexpr int64_t kWorthABarrier = 50 * 1000;   // about 1 us: a barrier and the other threads' share of h
+  static constexpr int64_t kWorthARegion = 600 * 1000;  // about 10 us on one core
+  static constexpr int64_t kWorthABarrier = 50 * 1000;  // about 1 us: a barrier and the other threads' share of h
   Deal deal(int64_t B, bool ragged, int team) const {
     int64_t r = team % rows;
     Range mine = share(B, rows, r);
@@ -80,7 +80,7 @@ class Rows {
     order_ = memory_;
     alive_ = memory_ + s.B;
     for (int64_t t = 0; t <= s.T; t++) alive_[t] = 0;
-    for (int64_t b = 0; b < s.B; b++) alive_[s.lengths[b]]++;       // rows of each length
+    for (int64_t b = 0; b < s.B; b++) alive_[s.lengths[b]]++;           // rows of each length
     for (int64_t t = s.T - 1; t >= 0; t--) alive_[t] += alive_[t + 1];  // of at least each length
     // Counting sort, longest first, stable: rows longer than L come before those of length L.
     for (int64_t b = s.B - 1; b >= 0; b--) order_[--alive_[s.lengths[b]]] = b;

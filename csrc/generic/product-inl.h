@@ -11,9 +11,9 @@ template <class CT_, class ST_>
 struct Plain {
   typedef CT_ CT;
   typedef ST_ ST;
-  typedef CT A;                       // elements of the left side
-  typedef CT W;                       // elements of packed weights
-  static constexpr int kPair = 1;     // neighbours along the sum in a lane
+  typedef CT A;                              // elements of the left side
+  typedef CT W;                              // elements of packed weights
+  static constexpr int kPair = 1;            // neighbours along the sum in a lane
   static constexpr int kStep = Simd<CT>::n;  // left elements in one vector
   typedef vec<CT> Wide;
 
@@ -87,7 +87,8 @@ static void copy_left(const typename M::ST* from, int64_t size, int64_t padded, 
 
 // Rows `row[v] ...` of an nt matrix [*, K] into a panel of NV vectors; rows from `valid[v]` on are zero.
 template <class M>
-static void pack_nt(const typename M::ST* w, int64_t K, const int64_t* row, const int* valid, int NV, typename M::W* panel) {
+static void pack_nt(const typename M::ST* w, int64_t K, const int64_t* row, const int* valid, int NV,
+                    typename M::W* panel) {
   typedef typename M::CT CT;
   constexpr int n = Simd<CT>::n;
   int64_t steps = (K + M::kPair - 1) / M::kPair;
@@ -107,7 +108,8 @@ static void pack_nt(const typename M::ST* w, int64_t K, const int64_t* row, cons
 
 // Columns [column, column + width) of an nn matrix [K, ld] into a panel of NV vectors.
 template <class M>
-static void pack_nn(const typename M::ST* w, int64_t ld, int64_t K, int64_t column, int64_t width, int NV, typename M::W* panel) {
+static void pack_nn(const typename M::ST* w, int64_t ld, int64_t K, int64_t column, int64_t width, int NV,
+                    typename M::W* panel) {
   constexpr int n = Simd<typename M::CT>::n;
   int64_t steps = (K + M::kPair - 1) / M::kPair;
   for (int64_t k = 0; k < steps; k++) {
@@ -123,12 +125,12 @@ static void pack_nn(const typename M::ST* w, int64_t ld, int64_t K, int64_t colu
 // ---- packed products ---------------------------------------------------------------------------------------------
 
 // out[m][v][lane] = start[m * start_row + v][lane] + sum_k a[m][at + k] panel[k][v][lane]; start null: zero. Meanwhile
-// `steps` vectors from `ahead` on come into the second cache: what the hardware fetches by itself where weights lie in the
-// third is 28 GB/s a core on a Sapphire Rapids, too little for tiles of few rows.
+// `steps` vectors from `ahead` on come into the second cache: what the hardware fetches by itself where weights lie in
+// the third is 28 GB/s a core on a Sapphire Rapids, too little for tiles of few rows.
 template <class M, int MR, int NV>
 static __attribute__((noinline)) void packed_tile(const typename M::A* const* a, int64_t at, const typename M::W* panel,
-                                                  int64_t steps, const typename M::CT* start, int start_row, typename M::CT* out,
-                                                  const typename M::W* ahead) {
+                                                  int64_t steps, const typename M::CT* start, int start_row,
+                                                  typename M::CT* out, const typename M::W* ahead) {
   typedef typename M::CT CT;
   constexpr int n = Simd<CT>::n;
   vec<CT> acc[MR][NV];
@@ -160,14 +162,16 @@ static __attribute__((noinline)) void packed_tile(const typename M::A* const* a,
 }
 
 // Rows in one tile of NV vectors: as many accumulators as there are registers for.
-static constexpr int max_rows(int NV) { return RK_REGISTERS == 32 ? (NV == 4 ? 6 : 8) : (NV == 4 ? 3 : NV == 3 ? 4 : 6); }
+static constexpr int max_rows(int NV) {
+  return RK_REGISTERS == 32 ? (NV == 4 ? 6 : 8) : (NV == 4 ? 3 : NV == 3 ? 4 : 6);
+}
 
 template <class M, int NV>
 static void packed_tile(int rows, const typename M::A* const* a, int64_t at, const typename M::W* panel, int64_t steps,
                         const typename M::CT* start, int start_row, typename M::CT* out, const typename M::W* ahead) {
   switch (rows) {
-#define RK_CASE(MR)                                                                                                 \
-  case MR:                                                                                                          \
+#define RK_CASE(MR)                                                                                              \
+  case MR:                                                                                                       \
     if constexpr (MR <= max_rows(NV)) packed_tile<M, MR, NV>(a, at, panel, steps, start, start_row, out, ahead); \
     return;
     RK_CASE(1) RK_CASE(2) RK_CASE(3) RK_CASE(4) RK_CASE(5) RK_CASE(6) RK_CASE(7) RK_CASE(8)
@@ -175,11 +179,11 @@ static void packed_tile(int rows, const typename M::A* const* a, int64_t at, con
   }
 }
 
-// Any number of rows times one panel: out[rows][NV][n] = start[NV][n] + product. Long sums are cut so that the piece of the
-// panel and of the rows in use stays in the second cache. `next` is the panel that is read after this one.
+// Any number of rows times one panel: out[rows][NV][n] = start[NV][n] + product. Long sums are cut so that the piece of
+// the panel and of the rows in use stays in the second cache. `next` is the panel that is read after this one.
 template <class M, int NV>
-static void packed_rows(int64_t rows, const typename M::A* const* a, const typename M::W* panel, const typename M::W* next,
-                        int64_t steps, const typename M::CT* start, typename M::CT* out) {
+static void packed_rows(int64_t rows, const typename M::A* const* a, const typename M::W* panel,
+                        const typename M::W* next, int64_t steps, const typename M::CT* start, typename M::CT* out) {
   constexpr int64_t n = Simd<typename M::CT>::n, kDepth = 512;
   int64_t tiles = ceil_div(rows, max_rows(NV)), depth = tiles > 1 && steps > 2 * kDepth ? kDepth : steps;
   for (int64_t k = 0; k < steps; k += depth) {
@@ -195,20 +199,25 @@ static void packed_rows(int64_t rows, const typename M::A* const* a, const typen
 }
 
 template <class M>
-static void packed_rows(int64_t rows, int NV, const typename M::A* const* a, const typename M::W* panel, const typename M::W* next,
-                        int64_t steps, const typename M::CT* start, typename M::CT* out) {
+static void packed_rows(int64_t rows, int NV, const typename M::A* const* a, const typename M::W* panel,
+                        const typename M::W* next, int64_t steps, const typename M::CT* start, typename M::CT* out) {
   switch (NV) {
-    case 1: return packed_rows<M, 1>(rows, a, panel, next, steps, start, out);
-    case 2: return packed_rows<M, 2>(rows, a, panel, next, steps, start, out);
-    case 3: return packed_rows<M, 3>(rows, a, panel, next, steps, start, out);
-    case 4: return packed_rows<M, 4>(rows, a, panel, next, steps, start, out);
+    case 1:
+      return packed_rows<M, 1>(rows, a, panel, next, steps, start, out);
+    case 2:
+      return packed_rows<M, 2>(rows, a, panel, next, steps, start, out);
+    case 3:
+      return packed_rows<M, 3>(rows, a, panel, next, steps, start, out);
+    case 4:
+      return packed_rows<M, 4>(rows, a, panel, next, steps, start, out);
   }
 }
 
 // ---- direct products ---------------------------------------------------------------------------------------------
 
-// One vector of dot products: rows w, w + K, ... (valid of them) of an nt matrix with one left row, zero-padded to kStep.
-// Four rows at a time, two sums each: few enough streams for the hardware to run ahead of, enough sums to hide latency.
+// One vector of dot products: rows w, w + K, ... (valid of them) of an nt matrix with one left row, zero-padded to
+// kStep. Four rows at a time, two sums each: few enough streams for the hardware to run ahead of, enough sums to hide
+// latency.
 template <class M>
 static RK_INLINE vec<typename M::CT> direct_nt(const typename M::A* a, const typename M::ST* w, int64_t K, int valid) {
   typedef typename M::CT CT;

@@ -13,7 +13,9 @@ static inline void copy_columns(const T* from, T* to, Range c) {
   if (c.size() > 0) __builtin_memcpy(to + c.begin, from + c.begin, c.size() * sizeof(T));
 }
 
-static inline Range share(int64_t total, int64_t parts, int64_t part) { return {total * part / parts, total * (part + 1) / parts}; }
+static inline Range share(int64_t total, int64_t parts, int64_t part) {
+  return {total * part / parts, total * (part + 1) / parts};
+}
 
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

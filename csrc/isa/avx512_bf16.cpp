@@ -14,7 +14,8 @@
 #define RK_BF16
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"))), \
+                             apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
@@ -33,9 +34,7 @@ namespace avx512_bf16 {
 #endif
 
 namespace rnnkern {
-static bool supported() {
-  return kAvx512.supported() && __builtin_cpu_supports("avx512bf16");
-}
+static bool supported() { return kAvx512.supported() && __builtin_cpu_supports("avx512bf16"); }
 extern const Kernels kAvx512Bf16 = {"avx512_bf16", supported, avx512_bf16::forward, avx512_bf16::backward};
 }  // namespace rnnkern
 #endif

@@ -19,8 +19,6 @@ namespace baseline {
 }  // namespace rnnkern
 
 namespace rnnkern {
-static bool supported() {
-  return true;
-}
+static bool supported() { return true; }
 extern const Kernels kBaseline = {"baseline", supported, baseline::forward, baseline::backward};
 }  // namespace rnnkern
