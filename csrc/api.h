@@ -74,7 +74,7 @@ struct Kernels {
   void (*backward)(const Backward&);
 };
 
-extern const Kernels kBaseline, kAvx2, kAvx512, kAvx512Bf16;
+extern const Kernels kBaseline, kAvx2, kAvx512, kAvx512Bf16, kAmxBf16;
 
 // The set that RNNKERN_CPU_ISA names or else the best that this machine has; throws std::runtime_error with the reason.
 const Kernels& choose_kernels(const char* requested);

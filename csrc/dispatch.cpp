@@ -99,9 +99,7 @@ Scratch::~Scratch() {
 
 static const Kernels* const kAll[] = {
 #if defined(__x86_64__)
-    &kAvx512Bf16,
-    &kAvx512,
-    &kAvx2,
+    &kAmxBf16,  &kAvx512Bf16, &kAvx512, &kAvx2,
 #endif
     &kBaseline,
 };

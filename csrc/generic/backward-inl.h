@@ -29,8 +29,8 @@ class BackwardScan {
     h_stride_ = out_blocks_ * n;
     d_stride_ = ceil_div(f.P, M::kStep) * M::kStep;
     g_stride_ = ceil_div(G * f.H, M::kStep) * M::kStep;
-    hh_steps_ = ceil_div(G * f.H, M::kPair);
-    hr_steps_ = ceil_div(f.P, M::kPair);
+    hh_steps_ = packed_steps<M>(G * f.H);
+    hr_steps_ = packed_steps<M>(f.P);
     int64_t rows = f.N * f.B;
     prefer_large_pages(f.dgx, f.S * f.N * G * f.H * sizeof(ST));
     prefer_large_pages(f.dgh, f.S * f.N * G * f.H * sizeof(ST));
@@ -52,6 +52,7 @@ class BackwardScan {
   int threads() const { return split_.threads(); }
 
   void work(int rank) {
+    [[maybe_unused]] TileState tiles;
     prepare(rank);
     barriers_[0].wait();
     int team = rank / split_.cols;

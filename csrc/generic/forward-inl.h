@@ -31,10 +31,10 @@ class ForwardScan {
     m_stride_ = ceil_div(f.H, M::kStep) * M::kStep;
     x_stride_ = ceil_div(f.I, M::kStep) * M::kStep;
     c_stride_ = blocks_ * n;
-    hh_steps_ = ceil_div(f.P, M::kPair);
-    ih_steps_ = ceil_div(f.I, M::kPair);
-    hr_steps_ = ceil_div(f.H, M::kPair);
-    x_in_place_ = sizeof(ST) == sizeof(A) && pack_ih_ && f.I % M::kPair == 0;
+    hh_steps_ = packed_steps<M>(f.P);
+    ih_steps_ = packed_steps<M>(f.I);
+    hr_steps_ = packed_steps<M>(f.H);
+    x_in_place_ = sizeof(ST) == sizeof(A) && pack_ih_ && f.I % M::kPair == 0 && !M::kTiles;  // tiles: rows evenly apart
     plan_chunks();
     int64_t cells = f.S * f.N * f.H;
     prefer_large_pages(f.y, f.S * f.N * f.P * sizeof(ST));
@@ -65,6 +65,7 @@ class ForwardScan {
   int threads() const { return split_.threads(); }
 
   void work(int rank) {
+    [[maybe_unused]] TileState tiles;
     prepare(rank);
     barriers_[0].wait();
     int team = rank / split_.cols;

@@ -1,16 +1,19 @@
 // All generic code of one instruction set, in order; no include guard. The including file has opened the namespace and
 // the target region and defined RK_VBYTES, RK_REGISTERS and the feature macros.
 
-#include "../cells/gru.h"
-#include "../cells/lstm.h"
-#include "../cells/rnn.h"
-#include "backward-inl.h"
-#include "forward-inl.h"
-#include "math-inl.h"
-#include "plan-inl.h"
-#include "product-inl.h"
-#include "range-inl.h"
+// clang-format off: the order is the meaning
 #include "simd-inl.h"
+#include "math-inl.h"
+#include "range-inl.h"
+#include "tiles-inl.h"
+#include "product-inl.h"
+#include "plan-inl.h"
+#include "../cells/rnn.h"
+#include "../cells/lstm.h"
+#include "../cells/gru.h"
+#include "forward-inl.h"
+#include "backward-inl.h"
+// clang-format on
 
 template <class ST>
 struct ModeOf {

@@ -13,6 +13,8 @@ struct Plain {
   typedef ST_ ST;
   typedef CT A;                              // elements of the left side
   typedef CT W;                              // elements of packed weights
+  static constexpr int kDepth = 1;           // steps of a packed product are a multiple of it
+  static constexpr bool kTiles = false;      // whether packed products run in tiles
   static constexpr int kPair = 1;            // neighbours along the sum in a lane
   static constexpr int kStep = Simd<CT>::n;  // left elements in one vector
   typedef vec<CT> Wide;
@@ -35,6 +37,13 @@ struct Pairs {
   typedef bf16 A;
   typedef uint32_t W;
   static constexpr int kPair = 2;
+#ifdef RK_AMX
+  static constexpr int kDepth = 16;
+  static constexpr bool kTiles = true;
+#else
+  static constexpr int kDepth = 1;
+  static constexpr bool kTiles = false;
+#endif
   static constexpr int kStep = 2 * Simd<float>::n;
   typedef u32v Wide;
 
@@ -85,13 +94,18 @@ static void copy_left(const typename M::ST* from, int64_t size, int64_t padded, 
 
 // ---- packing -----------------------------------------------------------------------------------------------------
 
+template <class M>
+static int64_t packed_steps(int64_t K) {
+  return ceil_div(K, M::kPair * M::kDepth) * M::kDepth;
+}
+
 // Rows `row[v] ...` of an nt matrix [*, K] into a panel of NV vectors; rows from `valid[v]` on are zero.
 template <class M>
 static void pack_nt(const typename M::ST* w, int64_t K, const int64_t* row, const int* valid, int NV,
                     typename M::W* panel) {
   typedef typename M::CT CT;
   constexpr int n = Simd<CT>::n;
-  int64_t steps = (K + M::kPair - 1) / M::kPair;
+  int64_t steps = packed_steps<M>(K);
   for (int v = 0; v < NV; v++) {
     const typename M::ST* first = w + row[v] * K;
     for (int64_t k = 0; k < steps; k += n) {
@@ -111,13 +125,15 @@ template <class M>
 static void pack_nn(const typename M::ST* w, int64_t ld, int64_t K, int64_t column, int64_t width, int NV,
                     typename M::W* panel) {
   constexpr int n = Simd<typename M::CT>::n;
-  int64_t steps = (K + M::kPair - 1) / M::kPair;
+  int64_t steps = packed_steps<M>(K);
   for (int64_t k = 0; k < steps; k++) {
     const typename M::ST* lo = w + k * M::kPair * ld + column;
     const typename M::ST* hi = k * M::kPair + 1 < K ? lo + ld : nullptr;
     for (int v = 0; v < NV; v++) {
       int valid = int(width - v * n < n ? width - v * n : n);
-      M::store_packed(panel + (k * NV + v) * n, M::pack_two_rows(lo + v * n, hi ? hi + v * n : nullptr, valid));
+      vec<typename M::CT> rows = {};
+      if (k * M::kPair < K) rows = M::pack_two_rows(lo + v * n, hi ? hi + v * n : nullptr, valid);
+      M::store_packed(panel + (k * NV + v) * n, rows);
     }
   }
 }
@@ -179,11 +195,15 @@ static void packed_tile(int rows, const typename M::A* const* a, int64_t at, con
   }
 }
 
+constexpr int64_t kTileRows = 3;
+
 // Any number of rows times one panel: out[rows][NV][n] = start[NV][n] + product. Long sums are cut so that the piece of
 // the panel and of the rows in use stays in the second cache. `next` is the panel that is read after this one.
 template <class M, int NV>
 static void packed_rows(int64_t rows, const typename M::A* const* a, const typename M::W* panel,
                         const typename M::W* next, int64_t steps, const typename M::CT* start, typename M::CT* out) {
+  if constexpr (M::kTiles)
+    if (rows >= kTileRows) return tiled_rows<NV>(rows, a[0], a[1] - a[0], panel, steps, start, out);
   constexpr int64_t n = Simd<typename M::CT>::n, kDepth = 512;
   int64_t tiles = ceil_div(rows, max_rows(NV)), depth = tiles > 1 && steps > 2 * kDepth ? kDepth : steps;
   for (int64_t k = 0; k < steps; k += depth) {
