@@ -55,7 +55,7 @@ class Barrier {
 // Asks the system for large pages under a large fresh buffer: page by page, first touches can cost a tenth of a scan.
 void prefer_large_pages(void* memory, size_t bytes);
 
-// Bytes of weights up to which a core reads them at every step about as fast as from its second cache.
+// Bytes of recurrent weights up to which a core reads them at every step about as fast as from its second cache.
 int64_t near_weights();
 
 // One aligned block in several arrays: name them all, then allocate. Each calling thread keeps its last block for its

@@ -81,7 +81,8 @@ class ForwardScan {
     chunk_steps_ = rows / batch < 1 ? 1 : rows / batch < f_.T ? rows / batch : f_.T;
     chunk_rows_ = chunk_steps_ * batch;
   }
-  static constexpr int64_t kChunkBytes = 384 * 1024, kChunkRows = 192;
+  // Tiles are done with a piece of the weights so soon that it must serve more rows.
+  static constexpr int64_t kChunkBytes = (M::kTiles ? 4 : 1) * 384 * 1024, kChunkRows = 192;
 
   static void copy_states(const Forward& f) {
     for (int k = 0; k < Cell::kStates; k++)

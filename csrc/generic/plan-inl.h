@@ -55,7 +55,7 @@ struct Split {
     return s;
   }
 
-  static constexpr int64_t kFairRowsFar = 16;
+  static constexpr int64_t kFairRowsFar = 32;
   static constexpr int64_t kWorthARegion = 600 * 1000;  // about 10 us on one core
   static constexpr int64_t kWorthABarrier = 50 * 1000;  // about 1 us: a barrier and the other threads' share of h
   Deal deal(int64_t B, bool ragged, int team) const {
