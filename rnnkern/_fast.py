@@ -1,12 +1,14 @@
-"""The short way through a call that is one layer in one direction, dense, on the CPU, with no gradient to come.
+"""Short ways through a small call on the CPU.
 
 A step of a small layer takes a few microseconds, and so does every tensor operation that the general way needs for
-views, states and checks. Here all conditions are read off once and the C++ scan is called. Whatever does not fit, and
-every error, goes the general way: these functions then return None and have done nothing.
+views, states and checks. Here all conditions are read off once. One layer in one direction, dense, with no gradient to
+come, is one call of the C++ scan; one or two steps with a gradient to come are torch.nn's forward. Whatever does not
+fit, and every error, goes the general way: these functions then return None and have done nothing.
 """
 
 from __future__ import annotations
 
+from operator import is_
 from typing import Any
 
 import torch
@@ -18,6 +20,15 @@ from rnnkern import dispatch
 _CODES = {"rnn_tanh": (0, 1), "rnn_relu": (1, 1), "lstm": (2, 4), "gru": (3, 3)}  # number in the extension, gates
 _NARROW = (torch.bfloat16, torch.float16)  # c is kept in fp32 then, and given and taken in the module's dtype
 _STEP, _LAYER, _BATCH_FIRST = range(3)
+_FORWARD: dict[str, Any] = {
+    "rnn_tanh": torch.nn.RNN.forward,
+    "rnn_relu": torch.nn.RNN.forward,
+    "gru": torch.nn.GRU.forward,
+    "rnn_tanh cell": torch.nn.RNNCell.forward,
+    "rnn_relu cell": torch.nn.RNNCell.forward,
+    "gru cell": torch.nn.GRUCell.forward,
+    "lstm cell": torch.nn.LSTMCell.forward,
+}
 _grad = torch.is_grad_enabled
 _compiling = torch.compiler.is_compiling
 _autocast = torch.is_autocast_enabled
@@ -51,8 +62,7 @@ _load._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a trace mu
 def _closed() -> bool:
     """Whether somebody watches tensors, or a backend was asked for: then every call goes the general way."""
     return (
-        _grad()
-        or _compiling()
+        _compiling()
         or _choice.requested is not None
         or _autocast("cpu")
         or _transforms()
@@ -63,9 +73,30 @@ def _closed() -> bool:
     )
 
 
+def _torchs(module: Any, what: str, input: Tensor, hx: Any) -> Any:
+    """What torch.nn's forward gives, where automatic choice would take torch's operations (`dispatch.wants_torch`)."""
+    if input.dtype not in dispatch.DTYPES:
+        return None
+    try:
+        found = _FORWARD[what](module, input, hx)
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return None  # the general way finds it too, and says it more clearly
+    _choice.last = "torch"
+    return found
+
+
 def layer(module: Any, cell: str, input: Any, hx: Any) -> tuple[Any, ...] | None:
     """RNN, LSTM or GRU: (output, states in torch.nn's form), or None."""
-    if type(input) is not Tensor or _closed() or module.num_layers != 1 or module.bidirectional:
+    if type(input) is not Tensor or _closed():
+        return None
+    if _grad():
+        if cell == "lstm" or input.dim() != 3 or input.size(1 if module.batch_first else 0) > 2 or not input.is_cpu:
+            return None
+        # Torch reads the list, whose entries are stale where a parametrization has replaced the parameters.
+        if not all(map(is_, module._flat_weights, module._parameters.values())):
+            return None
+        return _torchs(module, cell, input, hx)
+    if module.num_layers != 1 or module.bidirectional:
         return None
     if hx is not None and cell != "lstm":
         hx = (hx,)
@@ -84,6 +115,11 @@ def step(module: Any, cell: str, input: Any, hx: Any) -> tuple[Any, ...] | None:
     """RNNCell, LSTMCell or GRUCell: (h,) or (h, c), or None."""
     if type(input) is not Tensor or _closed():
         return None
+    if _grad():
+        if input.dim() != 2 or not input.is_cpu:
+            return None
+        found = _torchs(module, f"{cell} cell", input, hx[0] if hx and cell != "lstm" else hx)
+        return found if found is None or cell == "lstm" else (found,)
     p = module._parameters
     parts = p.get("weight_ih"), p.get("weight_hh"), p.get("bias_ih"), p.get("bias_hh")
     out = _run(module, cell, _STEP, input, parts, 0, None, hx)
