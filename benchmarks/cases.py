@@ -1,7 +1,8 @@
-"""What is measured, as data: every case is a cell, a shape, a mode and a dtype; suites are lists of them."""
+"""What is measured, as data: a case is a cell, a shape, a mode and a dtype on a device; suites are lists of them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 MODES = ("inference", "training")  # training: forward and backward with the gradients of x and of every parameter
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EPS = {name: torch.finfo(dtype).eps for name, dtype in DTYPES.items()}
 
 
@@ -56,9 +57,13 @@ class Case:
     shape: Shape
     mode: str
     dtype: str
+    device: str = "cpu"
+    precision: str = "ieee"  # "tf32": what torch's switches allow products of fp32 to be
+    capture: str = ""  # "graph": replayed from a CUDA graph
 
     def __str__(self) -> str:
-        return f"{self.cell} {self.shape.name} {self.mode} {self.dtype}"
+        extras = [part for part in (self.precision, self.capture) if part not in ("ieee", "")]
+        return " ".join([self.cell, self.shape.name, self.mode, self.dtype, *extras])
 
     def with_dtype(self, dtype: str) -> Case:
         return replace(self, dtype=dtype)
@@ -95,19 +100,56 @@ CPU = (
     PACKED,
 )
 QUICK = (Shape(1, 1, 128), Shape(50, 1, 128), Shape(50, 16, 128), Shape(100, 16, 256))
+# Most telling first: a run may end early.
+GPU = (
+    *(Shape(*sizes) for sizes in ((1024, 16, 768), (512, 64, 512), (1024, 16, 256), (128, 1, 1024), (256, 256, 1024))),
+    *(Shape(*sizes) for sizes in ((1024, 16, 512), (1024, 16, 1024), (512, 64, 1024), (512, 64, 256), (512, 64, 128))),
+    *(Shape(*sizes) for sizes in ((256, 16, 128), (128, 1, 256), (1, 1, 512), (256, 256, 512), (128, 16, 2048))),
+    Shape(512, 64, 512, layers=2, directions=2),
+    *(Shape(512, 64, H) for H in (200, 650)),
+    Shape(512, 64, 512, layout="packed"),
+)
 
-SUITES: dict[str, tuple[tuple[Shape, ...], tuple[str, ...]]] = {
-    "table": (TABLE, ("fp32", "bf16")),
-    "cpu": (CPU, ("fp32", "bf16")),
-    "quick": (QUICK, ("fp32",)),
+
+@dataclass(frozen=True)
+class Suite:
+    shapes: tuple[Shape, ...]
+    dtypes: tuple[str, ...]
+    peers: tuple[str, ...]
+    device: str = "cpu"
+    precisions: tuple[str, ...] = ("ieee",)  # of fp32
+    captures: tuple[str, ...] = ("",)
+
+    def cases(self) -> Iterator[Case]:
+        for shape, dtype, cell, mode in product(self.shapes, self.dtypes, cells(), MODES):
+            for precision, capture in product(self.precisions if dtype == "fp32" else ("ieee",), self.captures):
+                yield Case(cell, shape, mode, dtype, self.device, precision, capture)
+
+
+HERE = ("torch.nn", "rnnkern-fp32", "onnxruntime")
+EVERY = (*HERE, "openvino", "torch.compile", "compiled-loop")
+SUITES: dict[str, Suite] = {
+    "quick": Suite(QUICK, ("fp32",), ("torch.nn", "onnxruntime")),
+    "table": Suite(TABLE, ("fp32", "bf16"), HERE),
+    "cpu": Suite(CPU, ("fp32", "bf16"), EVERY),
+    "gpu": Suite(
+        GPU,
+        ("fp16", "fp32", "bf16"),
+        ("torch.nn", "torchrl", "flashrnn", "haste"),
+        "cuda",
+        ("tf32", "ieee"),
+        ("", "graph"),
+    ),
 }
 
 
-def suite(names: list[str]) -> list[Case]:
-    """The cases of the named suites, each once."""
-    found: dict[Case, None] = {}
-    for name in names:
-        shapes, dtypes = SUITES[name]
-        for dtype, shape, cell, mode in product(dtypes, shapes, cells(), MODES):
-            found[Case(cell, shape, mode, dtype)] = None
+def suite(name: str) -> list[tuple[Case, str]]:
+    """Cases and peers of a suite, a case's peers together, each pair once; "full" is all that this machine can run."""
+    names = [name] if name != "full" else ["table", "cpu", *(["gpu"] if torch.cuda.is_available() else [])]
+    found: dict[tuple[Case, str], None] = {}
+    for case in dict.fromkeys(case for each in names for case in SUITES[each].cases()):
+        peers = dict.fromkeys(
+            peer for each in names if SUITES[each].device == case.device for peer in SUITES[each].peers
+        )
+        found |= dict.fromkeys((case, peer) for peer in peers)
     return list(found)

@@ -16,8 +16,9 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from benchmarks.cases import DTYPES, Case
@@ -50,9 +51,32 @@ def cpu() -> str:
 
 def machine() -> str:
     """The name of this machine's results file."""
+    if gpu():
+        return _slug(gpu().split(" (")[0])
     name = _cpuinfo("model name") or platform.processor() or platform.machine()
     family = "-".join(part for part in (_cpuinfo("cpu family"), _cpuinfo("model")) if part)
-    return re.sub(r"[^a-z0-9]+", "-", f"{name} {family} {cores()} cores".lower()).strip("-")
+    return _slug(f"{name} {family} {cores()} cores")
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def gpu() -> str:
+    """The device with what tells two of one name apart, or nothing."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return ""
+    found = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return f"{found.name} ({found.multi_processor_count} SMs, {found.total_memory / 2**30:.0f} GiB)"
+
+
+def triton() -> str:
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return ""
 
 
 def commit() -> str:
@@ -68,23 +92,24 @@ def commit() -> str:
 
 @dataclass(frozen=True)
 class Rates:
-    """What the machine can do with the threads in use."""
+    """What the machine can do: its processor with the threads in use, and its GPU where it has one."""
 
     threads: int
     matmul: dict[str, float]  # dtype name -> operations per second
     read: list[tuple[int, float]]  # working set in bytes, ascending -> bytes per second
-
-    def bandwidth(self, working_set: float) -> float:
-        """Bytes per second from the nearest cache that holds so much."""
-        held = [rate for size, rate in self.read if size >= working_set]
-        return max(held) if held else self.read[-1][1]
+    gpu_matmul: dict[str, float] = field(default_factory=dict)
+    gpu_read: list[tuple[int, float]] = field(default_factory=list)
 
     def floor_us(self, case: Case, weights: dict[str, tuple[int, ...]]) -> float:
         """No call can be faster: the larger of operations over the matmul rate and bytes over the bandwidth.
 
         Recurrent weights are streamed once a step (in training twice: once back) from the cache they fit in; input
-        weights, inputs and outputs once (in training three times). `weights` maps parameter names to shapes.
+        weights, inputs and outputs once (in training three times). On a GPU a kernel may keep recurrent weights on the
+        chip, so they count once there. `weights` maps parameter names to shapes.
         """
+        on_gpu = case.device == "cuda"
+        read = self.gpu_read if on_gpu else self.read
+        matmul = (self.gpu_matmul if on_gpu else self.matmul)[case.dtype if case.precision == "ieee" else "tf32"]
         shape, passes = case.shape, 3 if case.mode == "training" else 1
         size = DTYPES[case.dtype].itemsize
         operations = recurrent = streamed = 0.0
@@ -92,15 +117,32 @@ class Rates:
             if len(sizes) == 2:
                 count = sizes[0] * sizes[1]
                 operations += 2 * shape.rows * count * passes
-                if name.startswith("weight_ih"):
+                if name.startswith("weight_ih") or on_gpu:
                     streamed += count * passes
                 else:
                     walks = 1 if passes == 1 else 2
-                    recurrent += count * size * shape.steps * walks / self.bandwidth(count * size)
+                    recurrent += count * size * shape.steps * walks / bandwidth(read, count * size)
         width = shape.H + shape.layers * shape.directions * shape.H
         rows = shape.rows * width * size * passes
-        seconds = recurrent + streamed * size / self.bandwidth(streamed * size) + rows / self.bandwidth(rows)
-        return 1e6 * max(operations / self.matmul[case.dtype], seconds)
+        seconds = recurrent + streamed * size / bandwidth(read, streamed * size) + rows / bandwidth(read, rows)
+        return 1e6 * max(operations / matmul, seconds)
+
+    def describe(self) -> str:
+        """The rates in one line."""
+
+        def rates(matmul: dict[str, float], read: list[tuple[int, float]]) -> str:
+            products = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in matmul.items())
+            reads = ", ".join(f"{size / 2**20:g} MiB {rate / 1e9:,.0f}" for size, rate in read)
+            return f"products in GF/s: {products}; reads in GB/s by working set: {reads}"
+
+        text = f"{self.threads} threads, {rates(self.matmul, self.read)}"
+        return f"{text}; GPU, {rates(self.gpu_matmul, self.gpu_read)}" if self.gpu_matmul else text
+
+
+def bandwidth(read: list[tuple[int, float]], working_set: float) -> float:
+    """Bytes per second from the nearest cache that holds so much."""
+    held = [rate for size, rate in read if size >= working_set]
+    return max(held) if held else read[-1][1]
 
 
 def _together(jobs: list[Callable[[], object]], seconds: float) -> float:
@@ -162,34 +204,62 @@ def _read_rates(threads: int, seconds: float) -> list[tuple[int, float]]:
     return rates
 
 
+def _gpu_rates(seconds: float) -> tuple[dict[str, float], list[tuple[int, float]]]:
+    """Products by dtype (fp32 without and with TF32), and reads by working set: the sum of a buffer's elements."""
+    import torch
+
+    from benchmarks.clocks import DeviceClock
+
+    clock = DeviceClock()
+
+    def best(run: Callable[[], object]) -> float:
+        run()
+        clock.settle()
+        end, shortest = time.perf_counter() + seconds / 10, float("inf")
+        while time.perf_counter() < end:
+            shortest = min(shortest, clock.seconds(run, 10))
+        return shortest
+
+    matmul = {}
+    for name in (*DTYPES, "tf32"):
+        dtype, n = DTYPES.get(name, torch.float32), 8192
+        torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
+        a, b = (torch.randn(n, n, device="cuda").to(dtype) for _ in range(2))
+        matmul[name] = 2 * n**3 / best(partial(torch.mm, a, b, out=torch.empty_like(a)))
+    torch.backends.cuda.matmul.allow_tf32 = False
+    read = []
+    for power in range(20, 32, 2):
+        data = torch.ones(2**power // 4, device="cuda")
+        read.append((2**power, 2**power / best(data.sum)))
+    return matmul, read
+
+
 def calibrate(threads: int) -> Rates:
     """Measures in a child process; a few seconds."""
     command = [sys.executable, "-m", "benchmarks.machine", "--threads", str(threads), "--json"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"the machine could not be calibrated: {done.stderr.strip()[-2000:]}")
     found = json.loads(done.stdout.splitlines()[-1])
-    return Rates(found["threads"], found["matmul"], [(size, rate) for size, rate in found["read"]])
+    pairs = {name: [(size, rate) for size, rate in found[name]] for name in ("read", "gpu_read")}
+    return Rates(**(found | pairs))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.machine", description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=2.0, help="time for each of the three measurements")
+    parser.add_argument("--seconds", type=float, default=2.0, help="time for each of the measurements")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
 
     import torch
 
     torch.set_num_threads(1)
-    matmul = {name: _matmul_rate(name, args.threads, args.seconds) for name in DTYPES}
+    matmul = {name: _matmul_rate(name, args.threads, args.seconds) for name in ("fp32", "bf16")}
     rates = Rates(args.threads, matmul, _read_rates(args.threads, args.seconds))
-    print(json.dumps(asdict(rates)) if args.json else f"{machine()}: {cpu()}\n{describe(rates)}")
-
-
-def describe(rates: Rates) -> str:
-    """The rates in one line."""
-    matmul = ", ".join(f"{name} {rate / 1e9:.0f} GF/s" for name, rate in rates.matmul.items())
-    read = ", ".join(f"{size / 2**20:g} MiB {rate / 1e9:.0f}" for size, rate in rates.read)
-    return f"{rates.threads} threads; matmul {matmul}; reads in GB/s by working set: {read}"
+    if torch.cuda.is_available():
+        rates = Rates(rates.threads, rates.matmul, rates.read, *_gpu_rates(args.seconds))
+    print(json.dumps(asdict(rates)) if args.json else f"{machine()}: {cpu()}\n{rates.describe()}")
 
 
 if __name__ == "__main__":

@@ -5,21 +5,20 @@ from __future__ import annotations
 import contextlib
 import gc
 import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.cases import EPS, Case
-from benchmarks.peers import PEERS, backend_of, ours, torch_algorithm, torch_nn
+from benchmarks.clocks import clock_for, warm_up
+from benchmarks.peers import PEERS, backend_of, captured, ours, torch_algorithm, torch_nn
 from benchmarks.problem import Problem, Side, Unavailable, module_side
 
 # An engine that runs ONNX may approximate its activations; further off than this it computes something else.
-FOREIGN = {"fp32": 1e-3, "bf16": 5e-2}
-SLICE = 0.002  # s
-WARM = 0.015  # s; a pool that slept may start out on one core: several slices of the scheduler until it is spread
+FOREIGN = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 5e-2}
 
 
 class Wrong(Exception):
@@ -32,7 +31,7 @@ class Protocol:
 
     rounds: int = 25
     least_rounds: int = 7
-    seconds: float = 3.0  # for all rounds of a case and peer; the rounds end early, but not before `least_rounds`
+    seconds: float = 0.7  # of timed calls against one peer; the rounds become fewer, but not less than `least_rounds`
     batch: float = 0.005  # s; a side's share of a round is as many calls as fill this
 
 
@@ -46,14 +45,6 @@ class Timing:
     p20: float
     p80: float
     rounds: int
-
-
-@dataclass
-class Measured:
-    backend: str = ""
-    timings: list[Timing] = field(default_factory=list)
-    skipped: dict[str, str] = field(default_factory=dict)
-    weights: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def _error(value: Tensor, truth: Tensor) -> float:
@@ -84,87 +75,95 @@ def check_foreign(case: Case, side: Side, truth: dict[str, Tensor]) -> None:
 
 @contextlib.contextmanager
 def mode(case: Case) -> Iterator[None]:
-    """Inference as a user runs it; training with gradients on."""
-    with torch.inference_mode() if case.mode == "inference" else contextlib.nullcontext():
-        yield
-
-
-def settle() -> None:
-    """Waits until this process is idle, a quarter of a second at most.
-
-    Thread pools spin on after a call, OpenMP's for milliseconds, ONNX Runtime's for fifty, and would take the cores
-    from the side that comes next.
-    """
-    quiet, end = 0, time.perf_counter() + 0.25
-    while quiet < 2 and time.perf_counter() < end:
-        used = time.process_time()
-        time.sleep(SLICE)
-        quiet = quiet + 1 if time.process_time() - used < SLICE / 8 else 0
-
-
-def _seconds(call: Callable[[], object], calls: int) -> float:
-    start = time.perf_counter()
-    for _ in range(calls):
-        call()
-    return (time.perf_counter() - start) / calls
-
-
-def warm_up(call: Callable[[], object]) -> None:
-    end = time.perf_counter() + WARM
-    while time.perf_counter() < end:
-        call()
-
-
-def interleave(mine: Side, peer: Side, protocol: Protocol) -> Timing:
-    """Rounds of A B, each side on an idle machine and after calls that are not timed; the ratio is a round's own."""
-    sides, calls = (mine, peer), []
-    for side in sides:
-        settle()
-        warm_up(side.call)
-        single = min(_seconds(side.call, 1) for _ in range(3))
-        calls.append(max(1, round(protocol.batch / single)))
-    times: list[tuple[float, ...]] = []
-    gc.collect()
-    gc.disable()
+    """Inference as a user runs it; training with gradients on; products of fp32 as the case says."""
+    kept = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = case.precision == "tf32"
     try:
-        end = time.perf_counter() + protocol.seconds
-        while len(times) < protocol.rounds and (len(times) < protocol.least_rounds or time.perf_counter() < end):
-            pair = []
-            for side, count in zip(sides, calls, strict=True):
-                settle()
-                warm_up(side.call)
-                pair.append(_seconds(side.call, count))
-            times.append(tuple(pair))
+        with torch.inference_mode() if case.mode == "inference" else contextlib.nullcontext():
+            yield
     finally:
-        gc.enable()
-    ratios = [theirs / own for own, theirs in times]
-    p20, *_, p80 = statistics.quantiles(ratios, n=5, method="inclusive") if len(ratios) > 1 else ratios * 2
-    own, theirs = (1e6 * statistics.median(column) for column in zip(*times, strict=True))
-    return Timing(peer.name, peer.algorithm, own, theirs, statistics.median(ratios), p20, p80, len(times))
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = kept
 
 
-def measure(case: Case, peers: list[str], threads: int, protocol: Protocol, backend: str | None = None) -> Measured:
-    """The case against every peer that has it. Raises `Wrong` before anything is timed if rnnkern's result is."""
-    from rnnkern import use_backend
+@dataclass
+class Prepared:
+    """rnnkern's side of a case, found right."""
 
-    problem, found = Problem.of(case), Measured()
-    with mode(case), use_backend(backend):
+    case: Case
+    threads: int
+    problem: Problem
+    mine: Side
+    truth: dict[str, Tensor]
+    backend: str
+    weights: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, case: Case, threads: int) -> Prepared:
+        """Raises `Wrong` if rnnkern's result is."""
+        problem = Problem.of(case)
         mine = ours(problem)
         truth = module_side("fp64", torch.nn, problem, torch.float64).results()
         check(case, mine.results(), torch_nn(problem, threads).results(), truth)
-        found.backend = backend_of(mine)
-        found.weights = {name: tuple(value.shape) for name, value in problem.weights.items()}
-        for name in peers:
-            try:
-                side = PEERS[name](problem, threads)
-                if side is None:
-                    continue
-                if side.module is None:
-                    check_foreign(case, side, truth)
-                elif name == "torch.nn":
-                    side.algorithm = torch_algorithm(side.call)
-            except Unavailable as reason:
-                found.skipped[name] = str(reason)
-                continue
-            found.timings.append(interleave(mine, side, protocol))
-    return found
+        backend = backend_of(mine)
+        weights = {name: tuple(value.shape) for name, value in problem.weights.items()}
+        return cls(case, threads, problem, captured(mine, case), truth, backend, weights)
+
+    def peer(self, name: str) -> Side:
+        """Raises `Unavailable` with the reason where it cannot run here."""
+        side = PEERS[name](self.problem, self.threads)
+        if not side.exact:
+            check_foreign(self.case, side, self.truth)
+        if name == "torch.nn":
+            side.algorithm = torch_algorithm(side.call)
+        return captured(side, self.case)
+
+
+class Duel:
+    """Rounds of A B, each side on an idle machine and after calls that are not timed; the ratio is a round's own.
+
+    A round is `peer_round` and then `own_round`.
+    """
+
+    def __init__(self, mine: Side, peer: Side, device: str, protocol: Protocol) -> None:
+        self.mine, self.peer, self.clock = mine, peer, clock_for(device)
+        self.counts, whole = {}, 0.0
+        for side in (mine, peer):
+            self.clock.settle()
+            warm_up(side.call)
+            single = min(self.clock.seconds(side.call, 1) for _ in range(3))
+            self.counts[side.name] = max(1, round(protocol.batch / single))
+            whole += single * self.counts[side.name]
+        self.rounds = min(protocol.rounds, max(protocol.least_rounds, round(protocol.seconds / whole)))
+        self.own: list[float] = []
+        self.theirs: list[float] = []
+
+    def peer_round(self) -> None:
+        self.theirs.append(self._timed(self.peer))
+        self.clock.settle()
+        warm_up(self.mine.call)
+
+    def own_round(self) -> None:
+        self.own.append(self.clock.seconds(self.mine.call, self.counts[self.mine.name]))
+
+    def _timed(self, side: Side) -> float:
+        self.clock.settle()
+        warm_up(side.call)
+        return self.clock.seconds(side.call, self.counts[side.name])
+
+    def run(self, benchmark: Any) -> Timing:
+        """Under pytest-benchmark, whose own figures are those of a whole round of ours."""
+        gc.collect()
+        gc.disable()
+        try:
+            benchmark.pedantic(self.own_round, setup=self.peer_round, rounds=self.rounds)
+        finally:
+            gc.enable()
+        return self.timing()
+
+    def timing(self) -> Timing:
+        ratios = [theirs / own for own, theirs in zip(self.own, self.theirs, strict=True)]
+        p20, *_, p80 = statistics.quantiles(ratios, n=5, method="inclusive")
+        own, theirs = (1e6 * statistics.median(values) for values in (self.own, self.theirs))
+        return Timing(
+            self.peer.name, self.peer.algorithm, own, theirs, statistics.median(ratios), p20, p80, len(ratios)
+        )

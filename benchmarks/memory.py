@@ -18,7 +18,7 @@ SMALLEST_OUTPUT = 2**20
 
 
 def worth_measuring(case: Case) -> bool:
-    return case.mode == "training" and 4 * case.shape.rows * case.shape.H >= SMALLEST_OUTPUT
+    return case.mode == "training" and case.dtype == "fp32" and 4 * case.shape.rows * case.shape.H >= SMALLEST_OUTPUT
 
 
 def peak_bytes(case: Case, library: str, threads: int, backend: str | None) -> int:

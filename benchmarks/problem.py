@@ -26,6 +26,7 @@ class Side:
     call: Callable[[], Any]
     results: Callable[[], dict[str, Tensor]]
     module: torch.nn.Module | None = None
+    exact: bool = False  # runs torch's own equations, so that its results need no check
 
 
 @dataclass
@@ -51,7 +52,9 @@ class Problem:
         drawn += [0.5 * torch.randn(shape.B, shape.H) for _ in range(states)]
         x, dy, *hx = (value.to(dtype).float() for value in drawn)
         weights = {name: value.to(dtype).float() for name, value in module.state_dict().items()}
-        return cls(case, weights, x, tuple(hx), dy)
+        on = case.device
+        weights = {name: value.to(on) for name, value in weights.items()}
+        return cls(case, weights, x.to(on), tuple(h.to(on) for h in hx), dy.to(on))
 
 
 def build(library: Any, case: Case) -> torch.nn.Module:
@@ -64,9 +67,18 @@ def build(library: Any, case: Case) -> torch.nn.Module:
 
 def module_side(name: str, library: Any, problem: Problem, dtype: torch.dtype) -> Side:
     """A side that calls a module of `library`, on the problem's data in `dtype`."""
-    case, training = problem.case, problem.case.mode == "training"
-    module = build(library, case).to(dtype).train(training)
+    module = build(library, problem.case).to(problem.case.device, dtype)
     module.load_state_dict(problem.weights)
+    return side_of(name, module, problem, dtype)
+
+
+def side_of(
+    name: str, module: torch.nn.Module, problem: Problem, dtype: torch.dtype, called: Callable[..., Any] | None = None
+) -> Side:
+    """A side that calls a module which holds the problem's weights under torch.nn's names, or a form of it."""
+    called = module if called is None else called
+    case, training = problem.case, problem.case.mode == "training"
+    module.train(training)
     leaf = problem.x.to(dtype, copy=True)
     x: Any = leaf
     dy = problem.dy.to(dtype)
@@ -79,7 +91,7 @@ def module_side(name: str, library: Any, problem: Problem, dtype: torch.dtype) -
     arguments = (x, states if len(states) > 1 else states[0]) if states else (x,)
 
     def forward() -> Any:
-        return module(*arguments)
+        return called(*arguments)
 
     parameters = list(module.parameters())
 
@@ -101,7 +113,7 @@ def module_side(name: str, library: Any, problem: Problem, dtype: torch.dtype) -
             found |= {f"d{key}": value.grad for key, value in module.named_parameters()}
         return {key: value.detach() for key, value in found.items() if value is not None}
 
-    return Side(name, "", call, results, module)
+    return Side(name, "", call, results, module, exact=True)
 
 
 def named(case: Case, result: Any) -> dict[str, Tensor]:
