@@ -47,15 +47,21 @@ class Cpp:
     def forward(self, inputs: ScanInputs) -> ScanOutputs:
         gx = _rows(inputs.gx)
         source = (gx.data_ptr(), gx.stride(0), gx.stride(1), 0, 0, 0)
-        return self._forward(inputs, source, 0, 1, (None,) * gx.shape[1], (None,) * gx.shape[1])
+        return self._forward(
+            inputs, source, 0, 1, (None,) * gx.shape[1], (None,) * gx.shape[1], inputs.spec.save == "all"
+        )
 
     def layer_forward(
         self, inputs: ScanInputs, x: Tensor, w_ih: tuple[Tensor, ...], b_ih: tuple[Tensor | None, ...]
     ) -> ScanOutputs:
-        """Input projection and scan in one: gx is made a few steps ahead of the scan and never lies in memory."""
+        """Input projection and scan in one: gx is made a few steps ahead of the scan and never lies in memory.
+
+        A plane that is the output is not saved twice: it is empty then, and `backward` reads the output.
+        """
         x = _rows(x)
         source = (0, 0, 0, x.data_ptr(), x.stride(0), x.stride(1))
-        return self._forward(inputs, source, x.shape[2], x.shape[1], w_ih, b_ih)
+        with_planes = inputs.spec.save == "all" and not _plane_is_output(inputs.spec)
+        return self._forward(inputs, source, x.shape[2], x.shape[1], w_ih, b_ih, with_planes)
 
     def _forward(
         self,
@@ -65,6 +71,7 @@ class Cpp:
         models: int,
         w_ih: tuple[Tensor | None, ...],
         b_ih: tuple[Tensor | None, ...],
+        with_planes: bool,
     ) -> ScanOutputs:
         spec = inputs.spec
         cell = CELLS[spec.cell]
@@ -76,7 +83,7 @@ class Cpp:
         saved = spec.save != "none"
         y = new((S, N, P), dtype=dtype)
         seq = tuple(new((S, N, H) if saved else (0,), dtype=accumulation_dtype(dtype)) for _ in cell.states[1:])
-        planes = torch.empty((S, N, len(cell.planes), H) if spec.save == "all" else (0,), dtype=dtype)
+        planes = torch.empty((S, N, len(cell.planes), H) if with_planes else (0,), dtype=dtype)
         hidden = new((S, N, H) if saved and "w_hr" in spec.params else (0,), dtype=dtype)
         states = tuple(s.contiguous() for s in inputs.states)
         final = tuple(torch.empty_like(s) for s in states)
@@ -95,7 +102,7 @@ class Cpp:
             (
                 y.data_ptr(),
                 seq[0].data_ptr() if seq and saved else 0,
-                planes.data_ptr() if spec.save == "all" else 0,
+                planes.data_ptr() if with_planes else 0,
                 hidden.data_ptr() if hidden.numel() else 0,
                 *(f.data_ptr() for f in final),
             ),
@@ -116,6 +123,8 @@ class Cpp:
         y = outputs.y.contiguous()
         S, N, P = y.shape
         planes = outputs.planes.contiguous()
+        if not planes.numel() and _plane_is_output(spec):
+            planes = y.unsqueeze(2)
         H, G = planes.shape[3], len(cell.gates)
         dtype = y.dtype
         padded = inputs.lengths is not None and inputs.offsets is None
@@ -160,6 +169,11 @@ class Cpp:
         )
         del keep, keep_layout
         return ScanGrads(dgx, dgh, dgx.new_empty(0), dh, dstates, dresets)
+
+
+def _plane_is_output(spec: ScanSpec) -> bool:
+    """Whether what the cell saves is the h that it gives out."""
+    return spec.cell in ("rnn_tanh", "rnn_relu") and "w_hr" not in spec.params
 
 
 def _padded(pointers: list[int]) -> list[int]:
