@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
@@ -143,13 +143,14 @@ SUITES: dict[str, Suite] = {
 }
 
 
-def suite(name: str) -> list[tuple[Case, str]]:
-    """Cases and peers of a suite, a case's peers together, each pair once; "full" is all that this machine can run."""
+def suite(name: str, wanted: Sequence[str] | None = None) -> list[tuple[Case, str]]:
+    """Cases and peers of a suite, a case's peers together, each pair once; "full" is all that this machine can run.
+    `wanted` are peers in place of the suite's own."""
     names = [name] if name != "full" else ["table", "cpu", *(["gpu"] if torch.cuda.is_available() else [])]
     found: dict[tuple[Case, str], None] = {}
     for case in dict.fromkeys(case for each in names for case in SUITES[each].cases()):
         peers = dict.fromkeys(
             peer for each in names if SUITES[each].device == case.device for peer in SUITES[each].peers
         )
-        found |= dict.fromkeys((case, peer) for peer in peers)
+        found |= dict.fromkeys((case, peer) for peer in wanted or peers)
     return list(found)

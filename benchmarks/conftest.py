@@ -25,7 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--cell", nargs="+", choices=cells(), default=list(cells()))
     group.addoption("--mode", nargs="+", choices=MODES, default=list(MODES))
     group.addoption("--dtype", nargs="+", choices=tuple(DTYPES), default=list(DTYPES))
-    group.addoption("--peer", nargs="+", choices=tuple(PEERS), help="default: the suite's")
+    group.addoption("--peer", nargs="+", choices=tuple(PEERS), help="in place of the suite's")
     group.addoption("--case", nargs="+", metavar="NAME", help="only shapes of these names, as T100-B16-H256")
     group.addoption("--backend", help="a backend of rnnkern by name; default: its own choice")
     group.addoption("--threads", type=int, default=2)
@@ -45,10 +45,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     option = metafunc.config.option
     pairs = [
         (case, peer)
-        for case, peer in suite(option.suite)
+        for case, peer in suite(option.suite, option.peer)
         if has(peer, case)
         if case.cell in option.cell and case.mode in option.mode and case.dtype in option.dtype
-        if (peer in option.peer if option.peer else True) and (not option.case or case.shape.name in option.case)
+        if not option.case or case.shape.name in option.case
     ]
     metafunc.parametrize(("case", "peer"), pairs, ids=[f"{case}-{peer}".replace(" ", "-") for case, peer in pairs])
 
@@ -70,8 +70,8 @@ class Session:
         self._prepared: Prepared | Wrong | None = None
         self._peaks: dict[str, int] = {}
 
-    def prepare(self, case: Case) -> Prepared:
-        """The case found right, once for all its peers; raises `Wrong` for each of them otherwise."""
+    def prepare(self, case: Case) -> Prepared | Wrong:
+        """The case, checked once for all its peers."""
         if self._case != case:
             self._case, self._peaks = case, {}
             try:
@@ -84,8 +84,6 @@ class Session:
                     name: peak_bytes(case, name, self.option.threads, self.option.backend) for name in libraries
                 }
         assert self._prepared is not None
-        if isinstance(self._prepared, Wrong):
-            raise self._prepared
         return self._prepared
 
     def keep(self, prepared: Prepared, timing: Timing) -> results.Row:
@@ -112,13 +110,15 @@ def duel(session: Session, case: Case, peer: str) -> Iterator[tuple[Duel, Any]]:
     from rnnkern import use_backend
 
     with mode(case), use_backend(session.option.backend):
-        try:
-            prepared = session.prepare(case)
-        except Wrong as wrong:
-            pytest.fail(f"NO NUMBER: {wrong}", pytrace=False)
+        prepared = session.prepare(case)
+        if isinstance(prepared, Wrong):
+            pytest.fail(f"NO NUMBER: {prepared}", pytrace=False)
+        reason = ""
         try:
             side = prepared.peer(peer)
-        except Unavailable as reason:
+        except Unavailable as error:
+            reason = str(error)
+        if reason:
             pytest.skip(f"{peer}: {reason}")
         yield Duel(prepared.mine, side, case.device, session.protocol), lambda timing: session.keep(prepared, timing)
 

@@ -18,6 +18,9 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
 
 namespace rnnkern {
 
@@ -87,9 +90,16 @@ void Scratch::allocate() {
                                " bytes of scratch space");
   }
   for (int i = 0; i < count_; i++) *arrays_[i].array = base_ + arrays_[i].offset;
+#ifdef __SANITIZE_ADDRESS__
+  std::memset(base_, 0xff, size_);  // NaN: what is read before it was written shows
+  for (int i = 0; i < count_; i++) __asan_poison_memory_region(base_ + arrays_[i].offset + arrays_[i].bytes, kRedZone);
+#endif
 }
 
 Scratch::~Scratch() {
+#ifdef __SANITIZE_ADDRESS__
+  if (base_) __asan_unpoison_memory_region(base_, size_);
+#endif
   if (base_ && capacity_ <= kKept && capacity_ > kept.capacity) {
     std::swap(base_, kept.base);
     kept.capacity = capacity_;

@@ -69,17 +69,23 @@ class Scratch {
 
   template <class T>
   void add(T** array, int64_t count) {
-    arrays_[count_++] = {reinterpret_cast<void**>(array), size_};
-    size_ += (size_t(count) * sizeof(T) + 63) / 64 * 64;
+    size_t bytes = (size_t(count) * sizeof(T) + 63) / 64 * 64;
+    arrays_[count_++] = {reinterpret_cast<void**>(array), size_, bytes};
+    size_ += bytes + kRedZone;
   }
   void allocate();  // throws std::runtime_error with the size asked for
 
  private:
   static constexpr int kMaxArrays = 24;
+#ifdef __SANITIZE_ADDRESS__
+  static constexpr size_t kRedZone = 64;  // so that the sanitizer sees one array run into the next
+#else
+  static constexpr size_t kRedZone = 0;
+#endif
   static constexpr size_t kKept = size_t(64) << 20;
   struct {
     void** array;
-    size_t offset;
+    size_t offset, bytes;
   } arrays_[kMaxArrays];
   int count_ = 0;
   size_t size_ = 0, capacity_ = 0;

@@ -193,7 +193,10 @@ def test_projection_and_scan_in_one(which: int, cell: str, dtype: torch.dtype, i
     yardstick, truth = projected(*call), projected(*(wide(v) for v in call))
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        agree([Cpp(isa).layer_forward(*call)], [yardstick], [truth], call[0])
+        found = Cpp(isa).layer_forward(*call)
+        if cell.startswith("rnn") and call[0].spec.save == "all" and not found.planes.numel():
+            found.planes = found.y.unsqueeze(2)  # saved once: backward reads it there
+        agree([found], [yardstick], [truth], call[0])
 
 
 # ---- calls that are refused ------------------------------------------------------------------------------------------
