@@ -15,6 +15,7 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter
 
 from benchmarks.floors import BOTH
+from benchmarks.peers import PEERS
 from benchmarks.results import Row
 
 # Colours that are told apart by all (Okabe and Ito, "Color Universal Design", 2008).
@@ -81,7 +82,7 @@ def _grid(rows: Sequence[Row], lines: Callable[[list[Row]], list[Line]]) -> list
 
 def _per_peer(rows: list[Row]) -> list[Line]:
     found = []
-    for colour, peer in zip(COLOURS, sorted({row["peer"] for row in rows}, key=_rank), strict=False):
+    for peer in sorted({row["peer"] for row in rows}, key=_rank):
         own = sorted((row for row in rows if row["peer"] == peer), key=_order)
         found.append(
             Line(
@@ -90,14 +91,16 @@ def _per_peer(rows: list[Row]) -> list[Line]:
                 [row["ratio"] for row in own],
                 [row["ratio_p20"] for row in own],
                 [row["ratio_p80"] for row in own],
-                colour=colour,
+                colour=COLOURS[_rank(peer) % len(COLOURS)],
             )
         )
     return found
 
 
-def _rank(peer: str) -> tuple[bool, str]:
-    return (peer != "torch.nn", peer)
+def _rank(peer: str) -> int:
+    """A peer has its place and its colour in every panel."""
+    order = list(PEERS)
+    return order.index(peer)
 
 
 def _share(rows: list[Row]) -> list[Line]:
@@ -227,6 +230,8 @@ def interactive(chart: Chart) -> Any:
     else:
         figure.update_yaxes(type="log")
     figure.update_xaxes(type="log" if chart.numbers else "category")
+    if chart.numbers:
+        figure.update_xaxes(tickvals=[2**power for power in range(6, 13)])
     figure.update_xaxes(title_text=chart.x_title, row=rows)
     figure.update_layout(title=chart.title, height=420 * rows, template="plotly_white", margin={"t": 90})
     return figure
