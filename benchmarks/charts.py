@@ -99,8 +99,7 @@ def _per_peer(rows: list[Row]) -> list[Line]:
 
 def _rank(peer: str) -> int:
     """A peer has its place and its colour in every panel."""
-    order = list(PEERS)
-    return order.index(peer)
+    return list(PEERS).index(peer)
 
 
 def _share(rows: list[Row]) -> list[Line]:
@@ -268,26 +267,23 @@ tr:nth-child(even) { background: #f4f4f4 } tr.slower { color: #b00 } summary { c
 
 
 def write(rows: Sequence[Row], folder: Path) -> Iterator[Path]:
-    """Every chart of every machine, and the page."""
-    from plotly.offline import get_plotlyjs
-
-    folder.mkdir(parents=True, exist_ok=True)
+    """Every chart of every machine, then the page, for which alone plotly is needed."""
     machines = list(dict.fromkeys(row["machine"] for row in rows))
-    sections = []
-    for machine in machines:
-        own = [row for row in rows if row["machine"] == machine]
-        found = list(charts(own))
+    of = {machine: [row for row in rows if row["machine"] == machine] for machine in machines}
+    drawn = {machine: list(charts(own)) for machine, own in of.items()}
+    for machine, found in drawn.items():
         inner = folder if len(machines) == 1 else folder / machine
-        inner.mkdir(exist_ok=True)
+        inner.mkdir(parents=True, exist_ok=True)
         for chart in found:
             yield from draw(chart, inner)
-        sections.append(page(own, found))
+
+    from plotly.offline import get_plotlyjs
+
+    head = f"<title>rnnkern against its peers</title><style>{STYLE}</style><script>{get_plotlyjs()}</script>"
+    body = "\n".join(page(of[machine], found) for machine, found in drawn.items())
     path = folder / "index.html"
     path.write_text(
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>rnnkern against its peers</title>'
-        f"<style>{STYLE}</style><script>{get_plotlyjs()}</script></head><body>"
-        + "\n".join(sections)
-        + "</body></html>",
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8">{head}</head><body>{body}</body></html>',
         encoding="utf-8",
     )
     yield path

@@ -111,7 +111,7 @@ class Prepared:
     def peer(self, name: str) -> Side:
         """Raises `Unavailable` with the reason where it cannot run here."""
         side = PEERS[name](self.problem, self.threads)
-        if not side.exact:
+        if side.module is None:
             check_foreign(self.case, side, self.truth)
         if name == "torch.nn":
             side.algorithm = torch_algorithm(side.call)

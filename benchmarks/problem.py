@@ -26,7 +26,6 @@ class Side:
     call: Callable[[], Any]
     results: Callable[[], dict[str, Tensor]]
     module: torch.nn.Module | None = None
-    exact: bool = False  # runs torch's own equations, so that its results need no check
 
 
 @dataclass
@@ -113,7 +112,7 @@ def side_of(
             found |= {f"d{key}": value.grad for key, value in module.named_parameters()}
         return {key: value.detach() for key, value in found.items() if value is not None}
 
-    return Side(name, "", call, results, module, exact=True)
+    return Side(name, "", call, results, module)
 
 
 def named(case: Case, result: Any) -> dict[str, Tensor]:

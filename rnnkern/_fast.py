@@ -90,7 +90,9 @@ def layer(module: Any, cell: str, input: Any, hx: Any) -> tuple[Any, ...] | None
     if type(input) is not Tensor or _closed():
         return None
     if _grad():
-        if cell == "lstm" or input.dim() != 3 or input.size(1 if module.batch_first else 0) > 2 or not input.is_cpu:
+        if cell == "lstm" or not input.is_cpu or input.dim() != 3:
+            return None
+        if input.size(1 if module.batch_first else 0) > dispatch.FEW_STEPS:
             return None
         # Torch reads the list, whose entries are stale where a parametrization has replaced the parameters.
         if not all(map(is_, module._flat_weights, module._parameters.values())):

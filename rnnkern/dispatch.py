@@ -18,6 +18,7 @@ from rnnkern.backends.base import Backend, ScanInputs
 ORDER = ("cpp", "numba", "reference")
 NAMES = (*ORDER, "torch")
 DTYPES = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))  # those of the scan backends
+FEW_STEPS = 2  # up to so many with a gradient to come, torch's operations cost less than a custom function
 
 
 class _Slot:
@@ -173,7 +174,7 @@ def wants_torch(device: torch.device, dtype: torch.dtype, cell: str, batch: int,
         return name == "torch"
     if device.type != "cpu" or dtype not in DTYPES or torch._C._get_tracing_state() is not None:
         return True
-    if 0 < steps <= 2 and cell != "lstm" and torch.is_grad_enabled() and not _watched():
+    if 0 < steps <= FEW_STEPS and cell != "lstm" and torch.is_grad_enabled() and not _watched():
         return True
     return unavailable("cpp") is not None and _torch_is_faster(dtype, cell, batch, packed)
 
