@@ -13,6 +13,7 @@ from rnnkern import _ops, dispatch
 from rnnkern._fold import Fold, Mapped, one_by_one, sample
 from rnnkern._plan import Plan, shape_only
 from rnnkern._run import real, run_reference, scan_arguments, unwatched
+from rnnkern._segments import backward_in_segments, steps_of_a_segment
 from rnnkern._weights import layer_gradients
 from rnnkern.backends.base import ScanGrads, ScanOutputs
 from rnnkern.backends.reference import BACKEND as REFERENCE
@@ -53,6 +54,10 @@ class LayerBackward(torch.autograd.Function):
         direct = unwatched() and real(tensors)
         if direct:
             outputs = ScanOutputs(y, (), tuple(seq), planes, hidden)
+            steps = steps_of_a_segment(plan, inputs, x.shape[-1])
+            if steps < T:
+                run = dispatch.backend(backend)
+                return tuple(backward_in_segments(plan, run, inputs, outputs, d, x, w_ih, wanted, steps))
             grads = dispatch.backend(backend).backward(inputs, outputs, d[0], d[1 : 1 + K], d[1 + K :])
         else:
             flat = _ops.scan_backward(

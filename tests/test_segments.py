@@ -1,0 +1,84 @@
+"""The backward by segments of time gives what the backward of the whole gives, and is taken where it should be."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from layers import Call, gradients, random_call
+from tolerance import check_grad
+
+from rnnkern import GRU, LSTM, _backward, _segments, dispatch
+from rnnkern.cells import CELLS
+
+BACKENDS = [name for name in dispatch.ORDER if dispatch.unavailable(name) is None]
+T = 7
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reverse", [(False,), (True,), (True, True)], ids=str)
+@pytest.mark.parametrize("cell, P", [*((cell, None) for cell in CELLS), ("lstm", 2)])
+@pytest.mark.parametrize("reset", ["", "zero", "learned"])
+def test_same_gradients(
+    cell: str, P: int | None, reverse: tuple[bool, ...], reset: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = with_resets(random_call(cell, T=T, P=P, reverse=reverse), reset).skip_if_refused(backend)
+    truth = gradients(call.written_out(), call.tensors)
+    for steps in (1, 3, 4):
+        monkeypatch.setattr(_backward, "steps_of_a_segment", lambda *_, steps=steps: steps)
+        found = gradients(call.run(backend), call.tensors)
+        check_grad(found, truth, truth, f"{steps} steps a segment")
+
+
+def with_resets(call: Call, reset: str) -> Call:
+    if not reset:
+        return call
+    begins = torch.rand(call.T * call.B, len(call.groups)) < 0.4
+    restart = tuple(torch.randn_like(s).requires_grad_() for s in call.states) if reset == "learned" else ()
+    return replace(call, reset=begins, reset_states=restart)
+
+
+def test_only_some_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_backward, "steps_of_a_segment", lambda *_: 2)
+    call = random_call("gru", T=T, reverse=(False,))
+    whole = gradients(call.written_out(), call.tensors)
+    for k, tensor in enumerate(call.tensors):
+        detached = [t.detach() for t in call.tensors]
+        detached[k] = tensor.detach().clone().requires_grad_()
+        (found,) = gradients(call.with_tensors(*detached).run("reference"), [detached[k]])
+        check_grad(found, whole[k], whole[k], f"tensor {k}")
+
+
+@pytest.mark.parametrize(
+    "module, taken",
+    [
+        (GRU(32, 32), True),
+        (GRU(32, 32, bidirectional=True), False),  # its directions walk opposite ways
+        (LSTM(32, 32), False),  # dgh is dgx: nothing is written twice
+        (GRU(32, 32, dtype=torch.bfloat16), False),  # what is carried would be rounded
+        (GRU(1024, 32), False),  # weight gradients larger than what would be saved
+    ],
+    ids=["GRU", "bidirectional", "LSTM", "bf16", "wide"],
+)
+def test_taken_where_it_saves(module: torch.nn.RNNBase, taken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = []
+
+    def watch(*args):  # type: ignore[no-untyped-def]
+        chosen.append(_segments.steps_of_a_segment(*args))
+        return chosen[-1]
+
+    monkeypatch.setattr(_backward, "steps_of_a_segment", watch)
+    dtype = module.weight_hh_l0.dtype
+    for B, smallest in ((16, 2**10), (16, 2**30)):
+        monkeypatch.setattr(_segments, "SMALLEST", smallest)
+        module(torch.randn(40, B, module.input_size, dtype=dtype))[0].sum().backward()
+    assert chosen == [14 if taken else 40, 40]
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_segments_follow_each_other_against_the_walk(reverse: bool) -> None:
+    parts = list(_segments._walk_back(7, 3, reverse))
+    assert sorted(parts) == [(0, 3), (3, 6), (6, 7)]
+    assert all((a[0] < b[0]) == reverse for a, b in pairwise(parts))
