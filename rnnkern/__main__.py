@@ -13,7 +13,10 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m rnnkern", description="torch.nn.RNN, LSTM and GRU with fused kernels under them"
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="what is there, what a call takes and why")
+    info_parser = commands.add_parser("info", help="what is there, what a call takes and why")
+    info_parser.add_argument(
+        "--explain", metavar="CELL,T,B,H,DTYPE", help="only what this call would take and why: LSTM,512,64,512,bf16"
+    )
     about = "train the same character model with torch.nn and with rnnkern, side by side"
     demo_parser = commands.add_parser("demo", help=about, description=about)
     demo.add_arguments(demo_parser)
@@ -23,7 +26,10 @@ def main(argv: list[str] | None = None) -> int:
     except RuntimeError as error:  # RNNKERN_CPU_ISA asks for what is not there
         parser.error(str(error))
     if args.command == "info":
-        print(info.text())
+        try:
+            print(info.explain(args.explain) if args.explain else info.text())
+        except ValueError as error:
+            info_parser.error(str(error))
         return 0
     try:
         return demo.main(args)

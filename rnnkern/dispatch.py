@@ -10,9 +10,11 @@ from __future__ import annotations
 import importlib
 import threading
 from types import TracebackType
+from typing import NamedTuple
 
 import torch
 
+from rnnkern import _cuda
 from rnnkern.backends.base import Backend, ScanInputs
 
 ORDER = ("cpp", "numba", "reference")
@@ -161,19 +163,42 @@ def choose(inputs: ScanInputs) -> str:
     return name
 
 
-def wants_torch(device: torch.device, dtype: torch.dtype, cell: str, batch: int, packed: bool, steps: int = 0) -> bool:
+class Sizes(NamedTuple):
+    """What a choice on a GPU reads beyond what one on a CPU does."""
+
+    I: int
+    H: int
+    layers: int = 1
+    directions: int = 1
+    projected: bool = False
+
+
+def wants_torch(
+    device: torch.device,
+    dtype: torch.dtype,
+    cell: str,
+    batch: int,
+    packed: bool,
+    steps: int = 0,
+    sizes: Sizes | None = None,
+) -> bool:
     """Whether torch's own kernel should take this call: asked for, or better than the scan backends that are there.
 
     Automatic choice takes it on devices without a fast scan backend, for dtypes that no scan backend has, in
-    torch.jit.trace (whose graphs run where rnnkern is not), on a CPU without the C++ extension where it is faster than
-    what is left, and for one or two steps with a gradient to come: torch's handful of operations then costs less than
-    one custom function (but for the LSTM module, which repacks its weights at every call).
+    torch.jit.trace (whose graphs run where rnnkern is not), on a CUDA device unless Triton's kernels are faster
+    (_cuda.py), on a CPU without the C++ extension where it is faster than what is left, and for one or two steps with a
+    gradient to come: torch's handful of operations then costs less than one custom function (but for the LSTM module,
+    which repacks its weights at every call).
     """
     name = _choice.requested
     if name is not None:
         return name == "torch"
-    if device.type != "cpu" or dtype not in DTYPES or torch._C._get_tracing_state() is not None:
+    if dtype not in DTYPES or torch._C._get_tracing_state() is not None:
         return True
+    if device.type != "cpu":
+        if device.type != "cuda" or sizes is None:
+            return True
+        return not triton_is_faster(device, dtype, cell, batch, packed, steps, sizes)
     if 0 < steps <= FEW_STEPS and cell != "lstm" and torch.is_grad_enabled() and not _watched():
         return True
     return unavailable("cpp") is not None and _torch_is_faster(dtype, cell, batch, packed)
@@ -197,6 +222,27 @@ def may_torch(refused: str) -> bool:
     if refused and _choice.requested == "torch":
         raise RuntimeError(f"backend 'torch' was asked for and cannot do this call: {refused}")
     return not refused
+
+
+def allows_tf32() -> bool:
+    """Whether fp32 products of a recurrent network may be rounded to TF32 on a GPU, by torch's own switches."""
+    return torch.backends.cudnn.rnn.fp32_precision == "tf32"
+
+
+def triton_is_faster(
+    device: torch.device, dtype: torch.dtype, cell: str, batch: int, packed: bool, steps: int, sizes: Sizes
+) -> bool:
+    """By measurement or estimate (_cuda.py), if Triton is there and its kernels have passed their trial here."""
+    gradient = torch.is_grad_enabled()
+    call = _cuda.Call(cell, steps, batch, sizes.H, dtype, sizes.I, sizes.layers, sizes.directions, packed,
+                      sizes.projected, gradient, allows_tf32())  # fmt: skip
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if not steps or not batch or _cuda.verdict(call, _cuda.device_of(index)).take == "torch" or _load("triton"):
+        return False
+    from rnnkern.backends.triton.trial import trusted
+
+    precision = "tf32" if dtype == torch.float32 and call.tf32 else "ieee"
+    return trusted(torch.device("cuda", index), cell, dtype, precision)
 
 
 def _torch_is_faster(dtype: torch.dtype, cell: str, batch: int, packed: bool) -> bool:

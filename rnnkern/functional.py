@@ -240,7 +240,8 @@ def run(
         raise ValueError("reset_state: only together with reset, the mask that says where it is used")
 
     backend = None
-    if dispatch.wants_torch(input.device, input.dtype, cell, B, packed, T):
+    stacked = dispatch.Sizes(I, H, num_layers, D, proj)
+    if dispatch.wants_torch(input.device, low or input.dtype, cell, B, packed, T, stacked):
         from rnnkern.backends import torch as torch_kernels
 
         fits = dispatch.may_torch(torch_kernels.cannot(lengths is not None, reset is not None, return_states))

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 
 import rnnkern
-from rnnkern import dispatch
+from rnnkern import _cuda, dispatch
 from rnnkern.backends.base import ScanInputs, ScanSpec
 from rnnkern.cells import CELLS
 
@@ -50,6 +50,44 @@ def chosen(inputs: ScanInputs) -> tuple[str, str]:
         verb = "refuses" if dispatch.unavailable(name) is None else "is not there"
         refusals.append(f"{name} {verb} ({', '.join(reasons)})")
     return "none", "; ".join(refusals)
+
+
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# What the choice on a GPU is explained for where there is none.
+A_GPU = _cuda.Device("a GPU with 132 processors and compute capability 9.0", 132, (9, 0))
+
+
+def explain(call: str) -> str:
+    """What a plain one-layer call would take on each kind of device, and why.
+
+    Args:
+        call: ``CELL,T,B,H,DTYPE``, for instance ``LSTM,512,64,512,bf16``.
+
+    Raises:
+        ValueError: not of that form; the message says what is.
+    """
+    cells = {"rnn": "rnn_tanh", **{name: name for name in CELLS}}
+    words = [word.strip().lower() for word in call.split(",")]
+    form = f"CELL,T,B,H,DTYPE with a cell of {', '.join(cells)} and a dtype of {', '.join(DTYPES)}"
+    if len(words) != 5 or words[0] not in cells or words[4] not in DTYPES:
+        raise ValueError(f"got {call!r}, expected {form}")
+    try:
+        T, B, H = (int(word) for word in words[1:4])
+    except ValueError:
+        T = 0
+    if T < 1 or B < 1 or H < 1:
+        raise ValueError(f"got {call!r}, expected {form}; T, B and H are whole numbers from 1")
+    cell, dtype = cells[words[0]], DTYPES[words[4]]
+    lines = [f"{cell}, T={T}, B={B}, H={H}, {dtype}, one layer, one direction:"]
+    rows = [("cpu", ": ".join(chosen(plain_call(cell, T, B, H, dtype))))]
+    here = torch.cuda.is_available()
+    device = _cuda.device_of(torch.cuda.current_device()) if here else A_GPU
+    for mode, gradient in (("inference", False), ("training", True)):
+        plain = _cuda.Call(cell, T, B, H, dtype, gradient=gradient, tf32=dispatch.allows_tf32())
+        rows.append((f"cuda, {mode}", ": ".join(_cuda.verdict(plain, device))))
+    lines += table(rows, indent=2)
+    lines.append(f"  (cuda: {device.name}{'' if here else '; there is none here'})")
+    return "\n".join(lines)
 
 
 def instruction_sets() -> str:
