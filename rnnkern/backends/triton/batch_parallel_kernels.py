@@ -56,14 +56,13 @@ def forward_scan(  # type: ignore[no-untyped-def]
     weights = ()
     gate_bias = ()
     for g in tl.static_range(GATES):
-        at = w + (n * GATES + g) * H * H + j[None, :] * H + j[:, None]
-        weights = weights + (tl.load(at, mask=(j < H)[:, None] & inside, other=0.0),)
+        square = w + (n * GATES + g) * H * H + j[None, :] * H + j[:, None]
+        weights = weights + (tl.load(square, mask=(j < H)[:, None] & inside, other=0.0),)
         start = tl.zeros((BLOCK_B, BLOCK_H), ACC)
         if HAS_BIAS:
             start += tl.load(bias + (n * GATES + g) * H + j, mask=j < H, other=0.0).to(ACC)[None, :]
         gate_bias = gate_bias + (start,)
-    h = _read(h0, own, j, batch, STORAGE, H)
-    states = (h.to(ACC),)
+    states = (_read(h0, own, j, batch, ACC, H),)
     if HAS_C:
         states = states + (_read(c0, own, j, batch, ACC, H),)
 
@@ -73,10 +72,10 @@ def forward_scan(  # type: ignore[no-untyped-def]
     for s in range(0, steps):
         row, alive = locate(first + s, back, b, length, B, T, offsets, HAS_OFFSETS)
         mask = alive[:, None] & inside
-        at = gx + (row * gx_row + n * gx_group)[:, None] + j[None, :]
+        source = gx + (row * gx_row + n * gx_group)[:, None] + j[None, :]
         x = ()
         for g in tl.static_range(GATES):
-            x = x + (tl.load(at + g * H, mask=mask, other=0.0).to(ACC),)
+            x = x + (tl.load(source + g * H, mask=mask, other=0.0).to(ACC),)
         entering = states
         if HAS_RESET:
             replaced = _resets(reset, reset_row, reset_group, row, n, alive, HAS_RESET)[:, None]
@@ -162,8 +161,8 @@ def backward_scan(  # type: ignore[no-untyped-def]
     weights = ()
     pending = ()  # the gate gradients of the step before in this loop; their product is made while its loads run
     for g in tl.static_range(GATES):
-        at = w + (n * GATES + g) * H * H + j[:, None] * H + j[None, :]
-        weights = weights + (tl.load(at, mask=(j < H)[:, None] & inside, other=0.0),)
+        square = w + (n * GATES + g) * H * H + j[:, None] * H + j[None, :]
+        weights = weights + (tl.load(square, mask=(j < H)[:, None] & inside, other=0.0),)
         pending = pending + (tl.zeros((BLOCK_B, BLOCK_H), STORAGE),)
     zero = tl.zeros((BLOCK_B, BLOCK_H), ACC)
     # They come holding the gradients of the final states.

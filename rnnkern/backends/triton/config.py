@@ -22,6 +22,10 @@ VARIABLE = "RNNKERN_TRITON_CONFIG"
 _SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}  # KiB that one program may have
 _BATCH_PARALLEL_H = {1: 0, 2: 128, 4: 64, 8: 16}  # by bytes of an element: the largest H whose weights fit one program
 
+_TILES = (16, 32, 64)
+_LARGEST = {"cuda": {2: 64, 4: 32, 8: 16}, "hip": {2: 32, 4: 32, 8: 16}}  # larger ones spill, by bytes of an element
+_FIXED = 32768  # what a turn costs besides its reading, in bytes read: launching, the cell, the writes
+
 
 @dataclass(frozen=True)
 class Target:
@@ -119,9 +123,12 @@ def choose(question: Question) -> Config:
     if not asked:
         return found
     try:
-        return replace(found, **asked)
+        found = replace(found, **asked)
     except ValueError as error:
         raise ValueError(f"{VARIABLE}: {error}") from None
+    if found.driver == "batch_parallel" and found.block_h < question.H:
+        raise ValueError(f"{VARIABLE}: block_h={found.block_h}: batch_parallel takes all of H={question.H} in one tile")
+    return found
 
 
 def parse(text: str) -> dict[str, Any]:
@@ -169,24 +176,23 @@ def _whole(q: Question) -> Config:
 
 
 def _tiled(q: Question) -> Config:
-    rows = min(power_of_two(q.B), 64)
-    width = q.P if q.project and q.direction == "backward" else q.H
-    units = 64
-    while units > 16 and _programs(q, rows, units, width) < q.target.processors:
-        units //= 2
-    if q.dtype.itemsize > 2 or q.target.kind == "hip":  # accumulators and operands twice as wide; less local memory
-        rows, units = min(rows, 32), min(units, 32)
-    units = min(units, power_of_two(width))
-    depth = {2: 64, 4: 32, 8: 16}[q.dtype.itemsize]
-    columns = units * (q.gates if q.direction == "forward" else 1)
+    """The tile whose program reads least of the weights and of h, over all programs that a processor runs in turn."""
+    width, deep = (q.P, q.gates * q.H) if q.direction == "backward" else (q.H, q.P)
+    gates = q.gates if q.direction == "forward" else 1
+    most = _LARGEST[q.target.kind][q.dtype.itemsize]
+    rows = [r for r in _TILES if r <= min(most, power_of_two(q.B))]
+    units = [u for u in _TILES if u <= min(most, power_of_two(width))]
+
+    def cost(tile: tuple[int, int]) -> tuple[int, int]:
+        r, u = tile
+        programs = -(-q.B // r) * -(-width // u) * q.N
+        turns = -(-programs // q.target.processors)
+        return turns * (deep * (r + gates * u) * q.dtype.itemsize + _FIXED), -r * u  # alike: fewer programs
+
+    r, u = min(((r, u) for r in rows for u in units), key=cost)
+    depth = min({2: 64, 4: 32, 8: 16}[q.dtype.itemsize], power_of_two(deep))
     stages = 3 if q.target.kind == "cuda" else 1
-    while stages > 1 and stages * depth * (rows + columns) * q.dtype.itemsize > q.target.shared * 3 // 4:
-        stages -= 1
-    return Config("per_step", rows, units, depth, 8 if rows * columns >= 8192 else 4, stages)
-
-
-def _programs(q: Question, rows: int, units: int, width: int) -> int:
-    return -(-q.B // rows) * -(-width // units) * q.N
+    return Config("per_step", r, u, depth, 8 if r * u * gates > 4096 else 4, stages)
 
 
 def power_of_two(size: int) -> int:

@@ -57,10 +57,8 @@ def locate(w, back, b, length, B, T, offsets, HAS_OFFSETS: tl.constexpr):  # typ
 @triton.jit
 def pointer(table, SLOT: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
     """The address in a slot of the table as a pointer; ALIGNED promises 16 bytes, which loads need to be wide."""
-    address = tl.load(table + SLOT)
-    if ALIGNED:
-        address = tl.multiple_of(address, 16)
-    return address.to(tl.pointer_type(TYPE))
+    found = tl.load(table + SLOT).to(tl.pointer_type(TYPE))
+    return tl.multiple_of(found, 16) if ALIGNED else found  # said of the pointer: of the number it would be lost
 
 
 @triton.jit
