@@ -17,7 +17,7 @@ import torch
 from rnnkern import _cuda
 from rnnkern.backends.base import Backend, ScanInputs
 
-ORDER = ("cpp", "numba", "reference")
+ORDER = ("triton", "cpp", "numba", "reference")
 NAMES = (*ORDER, "torch")
 DTYPES = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))  # those of the scan backends
 FEW_STEPS = 2  # up to so many with a gradient to come, torch's operations cost less than a custom function
@@ -110,7 +110,8 @@ class use_backend:  # noqa: N801  a function to its callers, as torch.no_grad is
     first derivatives; higher ones always run on the reference.
 
     Args:
-        name: ``"cpp"``, ``"numba"``, ``"reference"``, ``"torch"`` (torch's own kernels), or None for automatic choice.
+        name: ``"triton"``, ``"cpp"``, ``"numba"``, ``"reference"``, ``"torch"`` (torch's own kernels), or None for
+            automatic choice.
 
     Raises:
         ValueError: unknown name; the message lists those that exist.
@@ -150,7 +151,7 @@ def choose(inputs: ScanInputs) -> str:
     name = _choice.requested
     if name is None:
         for candidate in ORDER:
-            if not _load(candidate) and not backend(candidate).unsupported(inputs):
+            if not _objections(candidate, inputs):
                 ran(candidate)
                 return candidate
         raise RuntimeError(f"no backend can run {describe(inputs)}:\n{_listed(explain(inputs))}")
@@ -213,6 +214,18 @@ def _watched() -> bool:
     )
 
 
+def allows_tf32() -> bool:
+    """Whether fp32 products on a GPU may be made in TF32: the switch that torch.nn's recurrent networks obey there.
+
+    Of torch.backends.cudnn.allow_tf32 too, which sets this one.
+    """
+    return torch.backends.cudnn.rnn.fp32_precision == "tf32"  # type: ignore[attr-defined]
+
+
+# Read at trace time: Dynamo does not follow the property into C++.
+allows_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def may_torch(refused: str) -> bool:
     """Whether it can, given what in the call it cannot do (empty: nothing).
 
@@ -252,13 +265,18 @@ def _torch_is_faster(dtype: torch.dtype, cell: str, batch: int, packed: bool) ->
     return onednn and batch > 1
 
 
+def _objections(name: str, inputs: ScanInputs) -> list[str]:
+    """Why automatic choice passes this backend over; importing one that is not meant for the device would cost seconds."""
+    kind = inputs.gx.device.type
+    if name == "triton" and kind != "cuda":
+        return [f"device {kind}: only cuda (its interpreter runs on cpu where it is asked for by name)"]
+    reason = _load(name)
+    return [reason] if reason else backend(name).unsupported(inputs)
+
+
 def explain(inputs: ScanInputs) -> dict[str, list[str]]:
     """Every scan backend's objections to these inputs, in order of preference; an empty list: it would run them."""
-    found = {}
-    for name in ORDER:
-        reason = _load(name)
-        found[name] = [reason] if reason else backend(name).unsupported(inputs)
-    return found
+    return {name: _objections(name, inputs) for name in ORDER}
 
 
 def describe(inputs: ScanInputs) -> str:

@@ -318,6 +318,7 @@ def stack(
     proj = per > 2 + 2 * bias
     names = ("w_hh", "b_hh", "w_hr") if bias and proj else ("w_hh", "b_hh") if bias else ("w_hh", "w_hr")[: 1 + proj]
     keep = return_states and len(sizes) > 1
+    options = {"precision": "tf32"} if x.is_cuda and x.dtype == torch.float32 and dispatch.allows_tf32() else {}
     finals, states = [], []
     for k in range(num_layers):
         groups = []
@@ -330,7 +331,7 @@ def stack(
             segment = tuple(h[k * D : (k + 1) * D] for h in restart)
         y, final, seq = layer(
             cell, x.unsqueeze(1), entering, tuple(groups), reverse, T, B, param_names=names, offsets=offsets,
-            lengths=lengths, reset=reset, reset_states=segment, keep_states=keep, backend=backend,
+            lengths=lengths, reset=reset, reset_states=segment, keep_states=keep, backend=backend, **options,
         )  # fmt: skip
         x = y.flatten(1)
         finals.append(final)

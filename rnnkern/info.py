@@ -16,6 +16,8 @@ from rnnkern.cells import CELLS
 # Every environment variable that rnnkern reads, with what it does; the README has the same table.
 ENVIRONMENT = {
     "RNNKERN_CPU_ISA": "the instruction set of the C++ kernels, one of those listed above; unset: the best there is",
+    "RNNKERN_TRITON_CONFIG": "driver and tiles of the Triton kernels, driver=per_step,block_b=16,...; unset: by size",
+    "TRITON_INTERPRET": "Triton's own: 1 lets the Triton kernels run on CPU tensors, slowly, for tests",
 }
 
 

@@ -2,26 +2,50 @@
 
 from __future__ import annotations
 
+import os
 import random
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+
+if any("triton_interpreted" in argument for argument in sys.argv):
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which Dynamo does
+
 import torch
 from torch._dynamo import trace_rules
 
 from rnnkern import dispatch
 
+INTERPRETED = Path(__file__).parent / "triton_interpreted"
+
 # Dynamo knows torch's functions by identity: it must have seen those that _nan_in_new_memory replaces.
 trace_rules.get_torch_obj_rule_map()
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Triton's interpreter needs a process of its own (test_triton.py starts one), so its tests must be named."""
+    if collection_path != INTERPRETED:
+        return None
+    named = (Path(config.invocation_params.dir, str(arg).partition("::")[0]).resolve() for arg in config.args)
+    return None if any(path.is_relative_to(INTERPRETED) for path in named) else True
+
+
+def absent(name: str) -> str | None:
+    """Why no test with tensors on the CPU can run on this scan backend here, or None if they can."""
+    if name == "triton":
+        return "it takes tensors on a GPU; tests/test_triton.py has its tests"
+    return dispatch.unavailable(name)
 
 
 def scan_backends() -> list[Any]:
     """Every scan backend for pytest.mark.parametrize; one that cannot be loaded is skipped with its reason."""
     found = []
     for name in dispatch.ORDER:
-        reason = dispatch.unavailable(name)
+        reason = absent(name)
         marks = [pytest.mark.skip(reason=f"backend {name}: {reason}")] if reason is not None else []
         found.append(pytest.param(name, marks=marks, id=name))
     return found

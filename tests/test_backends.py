@@ -11,6 +11,7 @@ import threading
 
 import pytest
 import torch
+from conftest import absent
 from scans import (
     DTYPES,
     REFERENCE,
@@ -73,7 +74,7 @@ def demand(backend: Backend, inputs: ScanInputs, case: Case) -> None:
 
 @pytest.fixture(params=BACKENDS)
 def scan(request: pytest.FixtureRequest) -> Backend:
-    reason = dispatch.unavailable(request.param)
+    reason = absent(request.param)
     if reason is not None:
         pytest.skip(f"{request.param}: {reason}")
     return dispatch.backend(request.param)

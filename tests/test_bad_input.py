@@ -327,7 +327,7 @@ def test_weights(params: list[Tensor], options: dict[str, Any], message: str) ->
 
 
 def test_backends() -> None:
-    known = re.escape("expected one of cpp, numba, reference, torch")
+    known = re.escape("expected one of triton, cpp, numba, reference, torch")
     with pytest.raises(ValueError, match=f"unknown backend 'fortran': {known}"):
         rnnkern.use_backend("fortran")
     with rnnkern.use_backend("torch"):

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from conftest import absent
 from stacks import flat
 from tolerance import check
 
@@ -40,13 +41,13 @@ def hide(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 
 
 def test_names() -> None:
-    assert list(rnnkern.backends()) == ["cpp", "numba", "reference", "torch"]
+    assert list(rnnkern.backends()) == ["triton", "cpp", "numba", "reference", "torch"]
     assert rnnkern.backends()["reference"] is None and rnnkern.backends()["torch"] is None
     for name, reason in rnnkern.backends().items():
         assert dispatch.unavailable(name) == reason
         if name != "torch" and reason is None:
             assert dispatch.backend(name).name == name
-    with pytest.raises(ValueError, match="unknown scan backend 'nobody': expected one of cpp, numba, reference"):
+    with pytest.raises(ValueError, match="unknown scan backend 'nobody': expected one of triton, cpp, numba, reference"):
         dispatch.backend("nobody")
     with pytest.raises(ValueError, match="torch's kernels run whole calls"):
         dispatch.backend("torch")
@@ -225,7 +226,7 @@ def test_few_training_steps_take_torch(kind: str) -> None:
     """Automatic choice: one or two steps with a gradient to come cost less in torch's operations, but for nn.LSTM."""
     module = getattr(rnnkern, kind)(3, 5)
     cell = getattr(rnnkern, f"{kind}Cell")(3, 5)
-    fast = next(name for name in dispatch.ORDER if dispatch.unavailable(name) is None)
+    fast = next(name for name in dispatch.ORDER if absent(name) is None)
     if fast != "cpp":
         pytest.skip(f"without the C++ backend other rules hold: {dispatch.unavailable('cpp')}")
     for run, expected in (

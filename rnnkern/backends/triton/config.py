@@ -1,0 +1,248 @@
+"""Which driver, and in what tiles: the table of measured configurations, and a size model for what it does not have.
+
+No autotuning at run time: the same call takes the same kernels on every machine of a kind. Environment variable
+RNNKERN_TRITON_CONFIG replaces single decisions, for experiments: "driver=per_step,block_b=16,block_h=32,warps=4".
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from importlib import resources
+from typing import Any
+
+import torch
+
+DRIVERS = ("batch_parallel", "per_step")
+PASSES = ("forward", "backward")
+VARIABLE = "RNNKERN_TRITON_CONFIG"
+_SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}  # KiB that one program may have
+_BATCH_PARALLEL_H = {1: 0, 2: 128, 4: 64, 8: 16}  # by bytes of an element: the largest H whose weights fit one program
+
+_TILES = (16, 32, 64)
+_LARGEST = {"cuda": {2: 64, 4: 32, 8: 16}, "hip": {2: 32, 4: 32, 8: 16}}  # larger ones spill, by bytes of an element
+_FIXED = 32768  # what a turn costs besides its reading, in bytes read: launching, the cell, the writes
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a choice depends on of a device."""
+
+    kind: str  # "cuda" | "hip"
+    arch: int  # 90 for compute capability 9.0; 942 for gfx942
+    processors: int
+
+    @property
+    def name(self) -> str:
+        return f"sm_{self.arch}" if self.kind == "cuda" else f"gfx{self.arch}"
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory that one program may have."""
+        return (_SHARED.get(self.arch, 48 if self.arch < 80 else 99) if self.kind == "cuda" else 64) * 1024
+
+
+INTERPRETER = Target("cuda", 90, 132)  # any would do: it only chooses tiles
+
+
+@lru_cache(maxsize=64)
+def target_of(device: torch.device) -> Target:
+    if device.type != "cuda":
+        return INTERPRETER
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        digits = properties.gcnArchName.partition(":")[0].removeprefix("gfx")
+        return Target("hip", int(digits) if digits.isdecimal() else 0, properties.multi_processor_count)
+    return Target("cuda", properties.major * 10 + properties.minor, properties.multi_processor_count)
+
+
+@dataclass(frozen=True)
+class Config:
+    driver: str
+    block_b: int  # batch rows of a program
+    block_h: int  # units of a program (batch_parallel: all of them)
+    block_k: int  # width of a slice of the product (batch_parallel: all of it)
+    warps: int
+    stages: int
+
+    def __post_init__(self) -> None:
+        if self.driver not in DRIVERS:
+            raise ValueError(f"driver {self.driver!r}: expected one of {', '.join(DRIVERS)}")
+        for field in fields(self)[1:]:
+            value, least = getattr(self, field.name), 16 if field.name.startswith("block") else 1
+            power = type(value) is int and value > 0 and not value & (value - 1)
+            if field.name == "stages":
+                power = type(value) is int
+            if not power or not least <= value <= 256:
+                kind = "an integer" if field.name == "stages" else "a power of two"
+                raise ValueError(f"{field.name}={value!r}: expected {kind} from {least} to 256")
+
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a choice is made for."""
+
+    cell: str
+    gates: int
+    dtype: torch.dtype
+    direction: str  # "forward" | "backward"
+    B: int
+    H: int
+    P: int
+    N: int
+    project: bool
+    target: Target
+
+
+def precision(asked: str, dtype: torch.dtype, target: Target) -> str:
+    """How products of fp32 are made; three products in TF32 have nearly fp32's precision, at tensor cores' speed."""
+    if dtype != torch.float32:
+        return "ieee"
+    if target.kind != "cuda" or target.arch < 80:
+        return "ieee"
+    return "tf32" if asked == "tf32" else "tf32x3"
+
+
+def choose(question: Question) -> Config:
+    """The environment's word where there is one, else the table's, else the model's.
+
+    Raises:
+        ValueError: RNNKERN_TRITON_CONFIG is not understood.
+    """
+    asked = parse(os.environ.get(VARIABLE, ""))
+    driver = asked.get("driver")
+    found = look_up(shipped_table(), question)
+    if found is None or (driver is not None and driver != found.driver):
+        found = model(question, driver)
+    if not asked:
+        return found
+    try:
+        found = replace(found, **asked)
+    except ValueError as error:
+        raise ValueError(f"{VARIABLE}: {error}") from None
+    if found.driver == "batch_parallel" and found.block_h < question.H:
+        raise ValueError(f"{VARIABLE}: block_h={found.block_h}: batch_parallel takes all of H={question.H} in one tile")
+    return found
+
+
+def parse(text: str) -> dict[str, Any]:
+    """The words of RNNKERN_TRITON_CONFIG."""
+    found: dict[str, Any] = {}
+    names = [field.name for field in fields(Config)]
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        name, given, value = (p.strip() for p in part.partition("="))
+        if not given or name not in names:
+            raise ValueError(f"{VARIABLE}: got {part!r}, expected name=value with a name of {', '.join(names)}")
+        if name == "driver":
+            if value not in DRIVERS:
+                raise ValueError(f"{VARIABLE}: driver {value!r}: expected one of {', '.join(DRIVERS)}")
+            found[name] = value
+            continue
+        if not value.isdecimal():
+            raise ValueError(f"{VARIABLE}: {name}={value!r}: expected an integer")
+        found[name] = int(value)
+    return found
+
+
+def fits_batch_parallel(question: Question) -> str:
+    """Why the batch-parallel driver cannot do it, or nothing."""
+    if question.project:
+        return "a projection (batch_parallel has no second product; per_step does it)"
+    most = _BATCH_PARALLEL_H[question.dtype.itemsize]
+    if question.target.kind == "hip":
+        most //= 2  # 64 KiB of local memory
+    if question.H > most:
+        return f"H={question.H} (batch_parallel holds all weights in one program: up to H={most} in {question.dtype})"
+    return ""
+
+
+def model(q: Question, driver: str | None = None) -> Config:
+    """What sizes alone suggest: all of a small H in one program, else as many programs as there are processors."""
+    if driver is None:
+        driver = "per_step" if fits_batch_parallel(q) else "batch_parallel"
+    return _whole(q) if driver == "batch_parallel" else _tiled(q)
+
+
+def _whole(q: Question) -> Config:
+    H = power_of_two(q.H)
+    large = H * q.dtype.itemsize >= 128
+    return Config("batch_parallel", 16, H, H, 8 if large else 4, 1)
+
+
+def _tiled(q: Question) -> Config:
+    """The tile whose program reads least of the weights and of h, over all programs that a processor runs in turn."""
+    width, deep = (q.P, q.gates * q.H) if q.direction == "backward" else (q.H, q.P)
+    gates = q.gates if q.direction == "forward" else 1
+    most = _LARGEST[q.target.kind][q.dtype.itemsize]
+    rows = [r for r in _TILES if r <= min(most, power_of_two(q.B))]
+    units = [u for u in _TILES if u <= min(most, power_of_two(width))]
+
+    def cost(tile: tuple[int, int]) -> tuple[int, int]:
+        r, u = tile
+        programs = -(-q.B // r) * -(-width // u) * q.N
+        turns = -(-programs // q.target.processors)
+        return turns * (deep * (r + gates * u) * q.dtype.itemsize + _FIXED), -r * u  # alike: fewer programs
+
+    r, u = min(((r, u) for r in rows for u in units), key=cost)
+    depth = min({2: 64, 4: 32, 8: 16}[q.dtype.itemsize], power_of_two(deep))
+    stages = 3 if q.target.kind == "cuda" else 1
+    return Config("per_step", r, u, depth, 8 if r * u * gates > 4096 else 4, stages)
+
+
+def power_of_two(size: int) -> int:
+    """The smallest tile that holds it."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+# The table. An entry holds for one kind of device and one H, and for every B up to `B`; of several the smallest does.
+_KEY = {"target": str, "processors": int, "cell": str, "dtype": str, "direction": str, "H": int, "B": int}
+Table = dict[tuple[Any, ...], list[tuple[int, Config]]]
+
+
+def read_table(entries: Iterable[dict[str, Any]]) -> Table:
+    """Entries as {"target": "sm_90", "processors": 132, "cell": "lstm", "dtype": "bfloat16", "direction": "forward",
+    "H": 512, "B": 64, "config": {"driver": "per_step", "block_b": 16, ...}}.
+
+    Raises:
+        ValueError: an entry lacks a word, has one too many, or one of the wrong kind.
+    """
+    table: Table = {}
+    for k, entry in enumerate(entries):
+        where = f"entry {k}"
+        if set(entry) != {*_KEY, "config"}:
+            raise ValueError(f"{where}: words {sorted(entry)}, expected {sorted([*_KEY, 'config'])}")
+        for name, kind in _KEY.items():
+            if type(entry[name]) is not kind:
+                raise ValueError(f"{where}: {name}={entry[name]!r}, expected {kind.__name__}")
+        if entry["direction"] not in PASSES:
+            raise ValueError(f"{where}: direction {entry['direction']!r}: expected one of {', '.join(PASSES)}")
+        try:
+            config = Config(**entry["config"])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where}: config: {error}") from None
+        key = tuple(entry[name] for name in _KEY if name != "B")
+        table.setdefault(key, []).append((entry["B"], config))
+    for found in table.values():
+        found.sort(key=lambda pair: pair[0])
+    return table
+
+
+@lru_cache(maxsize=1)
+def shipped_table() -> Table:
+    text = resources.files(__package__).joinpath("table.json").read_text(encoding="utf-8")
+    return read_table(json.loads(text)["entries"])
+
+
+def look_up(table: Table, q: Question) -> Config | None:
+    kind = str(q.dtype).removeprefix("torch.")
+    key = (q.target.name, q.target.processors, q.cell, kind, q.direction, q.H)
+    for most, config in table.get(key, ()):
+        if q.B <= most and (config.driver == "per_step" or not fits_batch_parallel(q)):
+            return config
+    return None

@@ -1,0 +1,113 @@
+"""The host's half of the two drivers: from a scan to the launches that do it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rnnkern.backends.base import ScanGrads, ScanInputs, ScanOutputs
+from rnnkern.backends.triton import batch_parallel_kernels as whole
+from rnnkern.backends.triton import per_step_kernels as single
+from rnnkern.backends.triton.config import Config, Question, Target, choose
+from rnnkern.backends.triton.launch import Launch, launch
+from rnnkern.backends.triton.places import NAMES
+from rnnkern.backends.triton.work import Work
+from rnnkern.cells import CELLS
+
+# May begin anywhere and have any strides: promised apart.
+_STRIDED = {"gx": "GX_ALIGNED", "dy": "DY_ALIGNED"}
+
+
+class Program(NamedTuple):
+    """What a scan launches: all of `launches` once, or, where there are `words` for a table, for every one of `steps`."""
+
+    launches: tuple[Launch, ...]
+    steps: int = 1
+    words: dict[str, Tensor | int] | None = None
+
+
+def question(inputs: ScanInputs, direction: str, target: Target) -> Question:
+    spec, gates = inputs.spec, len(CELLS[inputs.spec.cell].gates)
+    N, width = inputs.gx.shape[1:]
+    H, P = width // gates, inputs.states[0].shape[2]
+    return Question(spec.cell, gates, inputs.gx.dtype, direction, inputs.B, H, P, N, "w_hr" in spec.params, target)
+
+
+def plan_forward(inputs: ScanInputs, target: Target) -> tuple[ScanOutputs, Program]:
+    work = Work(inputs, target)
+    out = work.outputs()
+    if work.nothing:
+        return out, Program(())
+    config = choose(question(inputs, "forward", target))
+    if config.driver == "batch_parallel":
+        return out, _whole(work, whole.forward_scan, config)
+    if work.project:
+        saved = out.hidden if out.hidden.numel() else _scratch(work, work.H, work.dtype)
+        work.arguments["hidden"] = saved
+    table = _table(work)
+    launches = [_single(work, single.forward_step, config, work.H)]
+    if work.project:
+        launches.append(_single(work, single.project_step, config, work.P))
+    return out, Program(tuple(launches), inputs.T, table)
+
+
+def plan_backward(
+    inputs: ScanInputs,
+    outputs: ScanOutputs,
+    dy: Tensor,
+    dfinal: tuple[Tensor, ...],
+    dseq: tuple[Tensor, ...],
+    target: Target,
+) -> tuple[ScanGrads, Program]:
+    work = Work(inputs, target)
+    grads = work.gradients(outputs, dy, dfinal, dseq)
+    if work.nothing:
+        return grads, Program(())
+    config = choose(question(inputs, "backward", target))
+    if config.driver == "batch_parallel":
+        return grads, _whole(work, whole.backward_scan, config)
+    if work.step.mixes_h:
+        work.arguments["carry"] = _scratch(work, work.H, work.acc)
+    if grads.dreset_states and work.acc != work.dtype:  # a sum over steps is made in the accumulation dtype
+        wide = torch.zeros_like(grads.dreset_states[0], dtype=work.acc)
+        grads.dreset_states = (wide, *grads.dreset_states[1:])
+        work.arguments["drestart_h"] = wide
+    table = _table(work)
+    launches = [_single(work, single.backward_step, config, work.P)]
+    if work.project:
+        launches.append(_single(work, single.backward_cell_step, config, work.H))
+    return grads, Program(tuple(launches), inputs.T + 1, table)
+
+
+def _scratch(work: Work, width: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty((work.N, work.inputs.B, width), dtype=dtype, device=work.inputs.gx.device)
+
+
+def _whole(work: Work, kernel: object, config: Config) -> Program:
+    constants = work.constants | {"CELL": _cell(work, kernel), "BLOCK_B": config.block_b, "BLOCK_H": config.block_h}
+    grid = (-(-work.inputs.B // config.block_b), 1, work.N)
+    return Program((launch(kernel, grid, config.options(), constants, work.arguments),))
+
+
+def _single(work: Work, kernel: object, config: Config, width: int) -> Launch:
+    tiles = {"BLOCK_B": config.block_b, "BLOCK_H": config.block_h, "BLOCK_K": config.block_k}
+    grid = (-(-work.inputs.B // config.block_b), -(-width // config.block_h), work.N)
+    return launch(kernel, grid, config.options(), work.constants | {"CELL": _cell(work, kernel)} | tiles)
+
+
+def _cell(work: Work, kernel: object) -> object:
+    forward = kernel in (single.forward_step, whole.forward_scan)
+    return work.step.step if forward else work.step.step_backward
+
+
+def _table(work: Work) -> dict[str, Tensor | int]:
+    """What the table shall hold; constants that promise alignment follow from it."""
+    found = {name: work.arguments[name] for name in NAMES if work.arguments.get(name) is not None}
+    work.constants["ALIGNED"] = True
+    for name, value in found.items():
+        if not isinstance(value, Tensor) or value.data_ptr() % 16 == 0 or value.dtype in (torch.bool, torch.int64):
+            continue
+        work.constants[_STRIDED.get(name, "ALIGNED")] = False
+    return found

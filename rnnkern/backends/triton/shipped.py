@@ -1,0 +1,102 @@
+"""Every kernel that automatic choice can launch, for a representative set of scans: what a compile check compiles.
+
+Made by the code that makes launches, from tensors without memory, so that the two cannot drift apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from rnnkern.backends.base import ScanInputs, ScanSpec, accumulation_dtype
+from rnnkern.backends.triton.cells import STEPS
+from rnnkern.backends.triton.config import Target
+from rnnkern.backends.triton.drivers import plan_backward, plan_forward
+from rnnkern.backends.triton.launch import TYPES, Launch
+from rnnkern.backends.triton.places import NAMES, advance, word, write_table
+from rnnkern.cells import CELLS
+
+SIZES = (32, 64, 128, 200, 512, 1024)
+BATCHES = (1, 16, 64, 256)
+TARGETS = {
+    "sm_80": Target("cuda", 80, 108),
+    "sm_90": Target("cuda", 90, 132),
+    "sm_100": Target("cuda", 100, 148),
+    "gfx942": Target("hip", 942, 304),
+}
+
+
+class Shipped(NamedTuple):
+    """What triton.compiler.ASTSource and triton.compile take, and a name."""
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]  # "*bf16", "i32", "constexpr", and a tuple of these for a tuple
+    constexprs: dict[str, Any]
+    options: dict[str, int]
+
+
+def shipped(target: Target, sizes: Iterable[int] = SIZES, batches: Iterable[int] = BATCHES) -> Iterator[Shipped]:
+    """Each kernel once, however many scans launch it."""
+    seen = set()
+    for name, one in launches(target, sizes, batches):
+        key = (one.kernel, *one.compiled_constants().items(), *one.signature().items(), *one.options.items())
+        if key not in seen:
+            seen.add(key)
+            yield Shipped(f"{name} {one.name}", one.kernel, one.signature(), one.compiled_constants(), one.options)
+    words = ("i64",) * len(NAMES)
+    yield Shipped("write_table", write_table, {"table": "*i64", "words": words, "COUNT": "constexpr"},  # type: ignore[dict-item]
+                  {"COUNT": len(NAMES)}, {})  # fmt: skip
+    yield Shipped("advance", advance, {"table": "*i64", "count": "i32"}, {}, {})
+
+
+def launches(target: Target, sizes: Iterable[int], batches: Iterable[int]) -> Iterator[tuple[str, Launch]]:
+    for cell in STEPS:
+        for dtype in TYPES:
+            for H in sizes:
+                for B in batches:
+                    yield from _of_one(target, cell, dtype, H, B, projected=False)
+                    if cell == "lstm" and H == 512:
+                        yield from _of_one(target, cell, dtype, H, B, projected=True)
+
+
+def _of_one(
+    target: Target, cell: str, dtype: torch.dtype, H: int, B: int, projected: bool
+) -> Iterator[tuple[str, Launch]]:
+    title = f"{cell} {str(dtype).removeprefix('torch.')} H{H} B{B}{' projected' if projected else ''}"
+    for precision in ("ieee", "tf32") if dtype == torch.float32 else ("ieee",):
+        for save in ("all", "none"):
+            inputs = _inputs(cell, dtype, H, B, projected, save, precision)
+            outputs, program = plan_forward(inputs, target)
+            for one in program.launches:
+                yield f"{title} {precision} save={save}", one
+            if save == "all":
+                dfinal, dseq = outputs.final, outputs.seq
+                _, program = plan_backward(inputs, outputs, outputs.y, dfinal, dseq, target)
+                for one in program.launches:
+                    yield f"{title} {precision}", one
+
+
+def _inputs(
+    cell: str, dtype: torch.dtype, H: int, B: int, projected: bool, save: str, precision: str
+) -> ScanInputs:
+    """A plain scan of one direction, as far as plans look at it."""
+    T, G, P = 100, len(CELLS[cell].gates), H // 4 if projected else H
+    wide = accumulation_dtype(dtype)
+
+    def new(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    states = (new(1, B, P), *(new(1, B, H, dtype=wide) for _ in CELLS[cell].states[1:]))
+    names = ("w_hh", "b_hh", *(("w_hr",) if projected else ()))
+    params = (new(G * H, P), new(G * H), *((new(P, H),) if projected else ()))
+    return ScanInputs(
+        ScanSpec(cell, (False,), names, save=save, precision=precision), T, B, new(T * B, 1, G * H), states, (params,)
+    )
+
+
+def word_is_plain() -> bool:
+    """Whether `write_table` compiles once: no word is 1, a multiple of 16 or as small as 32 bits."""
+    return all(w % 2 and w >= 1 << 32 for w in (word(0), word(1), word(16), word(1 << 57)))

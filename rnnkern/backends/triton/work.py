@@ -1,0 +1,170 @@
+"""A scan as the drivers take it: sizes, constants of its kernels, and the tensors that they read and write."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rnnkern.backends.base import ScanGrads, ScanInputs, ScanOutputs, accumulation_dtype
+from rnnkern.backends.triton.cells import STEPS
+from rnnkern.backends.triton.config import Target, precision
+from rnnkern.backends.triton.launch import TYPES
+from rnnkern.cells import CELLS
+
+LONGEST_PERIOD = 31  # of a pattern of directions: it travels as the bits of one int
+
+
+def pattern(reverse: tuple[bool, ...]) -> tuple[int, int]:
+    """(period, bits) of which groups walk from the end; groups are directions, repeated for every model."""
+    period = next(p for p in range(1, len(reverse) + 1) if all(r == reverse[n % p] for n, r in enumerate(reverse)))
+    return period, sum(1 << n for n, r in enumerate(reverse[:period]) if r)
+
+
+def rows(x: Tensor) -> Tensor:
+    """Rows of neighbouring elements, any strides between rows and groups."""
+    return x if x.stride(2) == 1 else x.contiguous()
+
+
+def even(x: Tensor) -> bool:
+    """Whether every row begins at a multiple of 16 elements from the first."""
+    return x.stride(0) % 16 == 0 and x.stride(1) % 16 == 0
+
+
+class Work:
+    def __init__(self, inputs: ScanInputs, target: Target) -> None:
+        spec, cell = inputs.spec, CELLS[inputs.spec.cell]
+        self.inputs, self.spec, self.cell = inputs, spec, cell
+        self.step = STEPS[spec.cell]
+        self.dtype = inputs.gx.dtype
+        self.acc = accumulation_dtype(self.dtype)
+        self.S, self.N, width = inputs.gx.shape
+        self.H, self.P = width // len(cell.gates), inputs.states[0].shape[2]
+        self.project = "w_hr" in spec.params
+        self.has_c = len(cell.states) > 1
+        self.padded = inputs.lengths is not None and inputs.offsets is None
+        period, bits = pattern(spec.reverse)
+        self.constants: dict[str, Any] = {
+            "GATES": len(cell.gates),
+            "SAVED": len(cell.planes),
+            "HAS_C": self.has_c,
+            "MIXES_H": self.step.mixes_h,
+            "SPLIT": bool(cell.split),
+            "H": self.H,
+            "P": self.P,
+            "N": self.N,
+            "PERIOD": period,
+            "REVERSE": bits,
+            "HAS_BIAS": "b_hh" in spec.params,
+            "HAS_RESET": inputs.reset is not None,
+            "HAS_RESTART": bool(inputs.reset_states),
+            "HAS_LENGTHS": inputs.lengths is not None,
+            "HAS_OFFSETS": inputs.offsets is not None,
+            "PROJECT": self.project,
+            "SAVE_STATES": spec.save != "none",
+            "SAVE_PLANES": spec.save == "all",
+            "STORAGE": TYPES[self.dtype],
+            "ACC": TYPES[self.acc],
+            "PRECISION": precision(spec.precision, self.dtype, target),
+        }
+        reset = inputs.reset
+        self.arguments: dict[str, Any] = {
+            "T": inputs.T,
+            "B": inputs.B,
+            "w": self.weights("w_hh"),
+            "bias": self.weights("b_hh"),
+            "w_hr": self.weights("w_hr"),
+            **_named(("h0", "c0"), tuple(s.contiguous() for s in inputs.states)),
+            **_named(("restart_h", "restart_c"), tuple(s.contiguous() for s in inputs.reset_states)),
+            "reset": reset,
+            "reset_row": 0 if reset is None else reset.stride(0),
+            "reset_group": 0 if reset is None else reset.stride(1),
+            "lengths": None if inputs.lengths is None else inputs.lengths.contiguous(),
+            "offsets": None if inputs.offsets is None else inputs.offsets.contiguous(),
+        }
+
+    @property
+    def nothing(self) -> bool:
+        """Whether there is no step of any row."""
+        return not (self.S and self.inputs.T and self.inputs.B)
+
+    def weights(self, name: str) -> Tensor | None:
+        """[N, ...]; one group's as they are, several in one copy, which is little beside T steps that read it."""
+        if name not in self.spec.params:
+            return None
+        k = self.spec.params.index(name)
+        found = [group[k] for group in self.inputs.params]
+        return found[0].contiguous() if len(found) == 1 else torch.stack(found)
+
+    def new(self, *shape: int, dtype: torch.dtype | None = None, wanted: bool = True) -> Tensor:
+        """[S, N, ...]: rows past their lengths belong to nobody's step and are zero from the start."""
+        size = (self.S, self.N, *shape) if wanted else (0,)
+        make = torch.zeros if self.padded else torch.empty
+        return make(size, dtype=dtype or self.dtype, device=self.inputs.gx.device)
+
+    def outputs(self) -> ScanOutputs:
+        """Room for the results; the final states begin as the initial ones, which rows of no steps keep."""
+        saved, kept = self.spec.save != "none", self.spec.save == "all"
+        out = ScanOutputs(
+            self.new(self.P),
+            tuple(s.clone(memory_format=torch.contiguous_format) for s in self.inputs.states),
+            tuple(self.new(self.H, dtype=self.acc, wanted=saved) for _ in self.cell.states[1:]),
+            self.new(len(self.cell.planes), self.H, wanted=kept),
+            self.new(self.H, wanted=saved and self.project),
+        )
+        gx = rows(self.inputs.gx)
+        self.constants["GX_ALIGNED"] = even(gx)
+        self.arguments |= {
+            "gx": gx,
+            "gx_row": gx.stride(0),
+            "gx_group": gx.stride(1),
+            "y": out.y,
+            "h_last": out.final[0],
+            "c_last": out.final[1] if self.has_c else None,
+            "seq": out.seq[0] if self.has_c and saved else None,
+            "planes": out.planes if kept else None,
+        }
+        return out
+
+    def gradients(
+        self, outputs: ScanOutputs, dy: Tensor, dfinal: tuple[Tensor, ...], dseq: tuple[Tensor, ...]
+    ) -> ScanGrads:
+        """Room for the gradients, and what they are made from."""
+        G, empty = len(self.cell.gates), torch.empty
+        device = self.inputs.gx.device
+        dgx = self.new(G * self.H)
+        dgh = self.new(G * self.H, wanted=bool(self.cell.split))
+        resets = self.inputs.reset_states
+        found = ScanGrads(
+            dgx,
+            dgh,
+            empty(0, dtype=self.dtype, device=device),
+            self.new(self.P, wanted=self.project),
+            tuple(d.clone(memory_format=torch.contiguous_format) for d in dfinal),
+            tuple(torch.zeros(s.shape, dtype=s.dtype, device=device) for s in resets),
+        )
+        dy = rows(dy)
+        given = dseq[0] if dseq and dseq[0].dim() > 1 else None
+        self.constants |= {"DY_ALIGNED": even(dy), "HAS_DSEQ": given is not None}
+        self.arguments |= {
+            "y": outputs.y.contiguous(),
+            "seq": outputs.seq[0].contiguous() if self.has_c else None,
+            "planes": outputs.planes.contiguous(),
+            "dy": dy,
+            "dy_row": dy.stride(0),
+            "dy_group": dy.stride(1),
+            "dseq": None if given is None else given.contiguous(),
+            "dgx": dgx,
+            "dgh": dgh if self.cell.split else dgx,
+            "dh": found.dh if self.project else None,
+            **_named(("dh0", "dc0"), found.dstates),
+            **_named(("drestart_h", "drestart_c"), found.dreset_states),
+        }
+        return found
+
+
+def _named(names: tuple[str, str], tensors: tuple[Tensor, ...]) -> dict[str, Tensor | None]:
+    """h's and c's; None for what the cell or the call does not have."""
+    padded = (*tensors, None, None)
+    return {name: tensor for name, tensor in zip(names, padded, strict=False)}

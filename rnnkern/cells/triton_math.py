@@ -1,0 +1,53 @@
+"""Activations and their derivatives on tiles in Triton, for fp32 and fp64; the derivatives mirror functions.py.
+
+Plain Triton throughout: what a vendor's library would add (libdevice) Triton's interpreter does not run. NaN stays NaN,
+and nothing overflows into one.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def sigmoid(x):  # type: ignore[no-untyped-def]
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def tanh(x):  # type: ignore[no-untyped-def]
+    """By exp where that is exact enough; near 0, where 1 - e cancels, by x + x^3 P(x^2), P fitted on |x| <= 0.6.
+
+    In fp64 the fit would be the larger error: there what is lost near 0 does not matter.
+    """
+    size = tl.abs(x)
+    e = tl.exp(-2.0 * size)
+    far = (1.0 - e) / (1.0 + e)
+    y = tl.where(x < 0.0, -far, far)
+    if x.dtype == tl.float32:
+        q = x * x
+        p = ((-0.00627639015 * q + 0.021116216) * q - 0.0538751388) * q + 0.13332924
+        p = p * q - 0.333333304
+        y = tl.where(size < 0.6, x + x * q * p, y)
+    return y
+
+
+@triton.jit
+def relu(x):  # type: ignore[no-untyped-def]
+    return tl.where(x < 0.0, 0.0, x)  # this way round NaN stays
+
+
+@triton.jit
+def d_sigmoid(y):  # type: ignore[no-untyped-def]
+    return y * (1.0 - y)
+
+
+@triton.jit
+def d_tanh(y):  # type: ignore[no-untyped-def]
+    return 1.0 - y * y
+
+
+@triton.jit
+def d_relu(d, y):  # type: ignore[no-untyped-def]
+    return tl.where(y <= 0.0, 0.0, d)  # not d * 0: as in torch, a NaN ends at a dead unit

@@ -1,0 +1,240 @@
+"""Every Triton kernel against the reference, as test_backends.py does for the other backends."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+import pytest
+import torch
+from scans import (
+    DTYPES,
+    REFERENCE,
+    Case,
+    agree,
+    assert_same_bits,
+    compare,
+    drawn,
+    existing,
+    gradients_of,
+    inputs_of,
+    references,
+    run,
+    tensors,
+    wide,
+)
+
+from rnnkern import dispatch
+from rnnkern.backends.base import ScanInputs
+from rnnkern.backends.triton.config import DRIVERS, fits_batch_parallel, target_of
+from rnnkern.backends.triton.drivers import question
+from rnnkern.cells import CELLS
+
+SCAN = dispatch.backend("triton")
+AXES: dict[str, list] = {
+    "T": [1, 2, 3, 4, 5, 6],
+    "B": [1, 3, 7, 17],
+    "H": [1, 3, 17, 33, 65],
+    "layout": ["dense", "packed", "padded"],
+    "reverse": [(False,), (True,), (False, True), (False, True, True, False)],
+    "bias": [True, True, False],
+    "project": [False, False, True],
+    "save": ["all", "all", "all", "all", "states", "none"],
+    "strided": [False, True],
+    "dseq": [True, False],
+    "reset": ["", "", "zero", "learned"],
+}
+
+
+def chosen() -> list[Case]:
+    cases = []
+    for cell in CELLS:
+        cases.append(Case(cell, B=0, H=3, layout="padded", reset="learned"))
+        cases.append(Case(cell, torch.bfloat16, T=3, B=7, H=128, reverse=(True,), reset="zero", layout="padded"))
+        # Sixteen-bit h, and sums that are made over all steps of a reset state's gradient.
+        cases.append(Case(cell, torch.float16, T=6, B=3, H=3, reset="learned", layout="packed"))
+    cases.append(Case("lstm", T=3, B=3, H=33, project=True, layout="padded", save="none", reset="learned"))
+    cases.append(Case("lstm", torch.float64, T=3, B=17, H=33, project=True, reset="learned"))
+    return cases
+
+
+def driven(case: Case, inputs: ScanInputs, patch: pytest.MonkeyPatch, driver: str | None = None) -> str:
+    """Sets driver and tiles: as asked, else every other case batch-parallel where that can do it."""
+    cannot = fits_batch_parallel(question(inputs, "forward", target_of(inputs.gx.device)))
+    if driver is None:
+        driver = DRIVERS[1 if cannot else case.seed % 2]
+    text = f"driver={driver},block_b=16"
+    if driver == "per_step":
+        rng = random.Random(str(case))
+        text += f",block_h={rng.choice([16, 32])},block_k={rng.choice([16, 32, 64])}"
+    patch.setenv("RNNKERN_TRITON_CONFIG", text)
+    return text
+
+
+def demand(inputs: ScanInputs) -> None:
+    """Skips what may be refused; all else may not."""
+    reasons = SCAN.unsupported(inputs)
+    if any("projected gru" in reason for reason in reasons):
+        pytest.skip("; ".join(reasons))
+    assert reasons == []
+
+
+@pytest.mark.parametrize("case", [*drawn(12, AXES), *chosen()], ids=str)
+def test_equals_the_reference(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    if case.cell == "gru":
+        case = dataclasses.replace(case, project=False)
+    inputs = inputs_of(case)
+    driven(case, inputs, monkeypatch)
+    demand(inputs)
+    compare(SCAN, inputs, gradients_of(case, inputs))
+
+
+@pytest.mark.parametrize("case", [c for c in drawn(6, AXES) if c.dtype != torch.float16], ids=str)
+def test_as_configured_by_size(case: Case) -> None:
+    """Nothing asked for: the size model's own tiles."""
+    case = dataclasses.replace(case, project=case.project and case.cell == "lstm", T=min(case.T, 3))
+    inputs = inputs_of(case)
+    demand(inputs)
+    compare(SCAN, inputs, gradients_of(case, inputs))
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_rows_past_a_length(cell: str, driver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are zero whatever a loss left there, and rows of no steps hand states and gradients through."""
+    case = Case(cell, T=5, B=17, H=5, layout="padded", reset="learned")
+    lengths = torch.tensor([3, 0, 5, 1, 0, 5, 4, 2, 4, 0, 0, 0, 1, 1, 1, 1, 3])
+    inputs = dataclasses.replace(inputs_of(case), lengths=lengths)
+    driven(case, inputs, monkeypatch, driver)
+    dy, dfinal, dseq = gradients_of(case, inputs)
+    past = ~existing(inputs)
+    for t in (inputs.gx, dy, *dseq):
+        t[past] = float("nan")
+    outputs, grads = run(SCAN, inputs, (dy, dfinal, dseq))
+    for what, t in (("y", outputs.y), ("dgx", grads.dgx), ("dgh", grads.dgh), *(("seq", s) for s in outputs.seq)):
+        assert t.numel() == 0 or t[past].eq(0).all(), what
+        assert t.isfinite().all(), what
+    empty = lengths == 0
+    for final, start, dstart, dend in zip(outputs.final, inputs.states, grads.dstates, dfinal, strict=True):
+        assert torch.equal(final[:, empty], start[:, empty])
+        assert torch.equal(dstart[:, empty], dend[:, empty])
+    compare(SCAN, inputs, (dy, dfinal, dseq))
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("where", ["gx", "h", "rest", "w_hh", "dy"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_nan_and_inf_go_where_the_reference_sends_them(
+    cell: str, where: str, driver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if where == "rest" and len(CELLS[cell].states) == 1:
+        pytest.skip(f"{cell} has no state but h")
+    for bad in (float("nan"), float("inf"), float("-inf")):
+        case = Case(cell, T=3, B=6, H=5, layout="padded", seed=3)
+        inputs = dataclasses.replace(inputs_of(case), lengths=torch.tensor([3, 0, 2, 3, 1, 2]))
+        driven(case, inputs, monkeypatch, driver)
+        dy, dfinal, dseq = gradients_of(case, inputs)
+        if where == "gx":
+            inputs.gx[6 + 2, 0, 1::3] = bad
+            inputs.gx[6 + 3, 1] = bad
+        elif where in ("h", "rest"):
+            inputs.states[where == "rest"][0, 3, 2] = bad
+        elif where == "w_hh":
+            inputs.params[0][0][1, 2] = bad
+        else:
+            dy[6 + 2, 0] = bad
+        grads = (dy, dfinal, dseq)
+        ours, theirs = run(SCAN, inputs, grads), run(REFERENCE, inputs, grads)
+        agree(ours, theirs, run(REFERENCE, wide(inputs), wide(grads)), inputs)
+        exist = existing(inputs)
+        for mine, other in zip(ours, theirs, strict=True):
+            for (what, a), (_, b) in zip(tensors(mine), tensors(other), strict=True):
+                if what == "planes":
+                    a, b = a[exist], b[exist]
+                assert torch.equal(a.isnan(), b.isnan()), f"{bad} {what}: NaN in other places"
+                assert torch.equal(a.isposinf(), b.isposinf()) and torch.equal(a.isneginf(), b.isneginf()), what
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_same_bits_and_inputs_left_alone(
+    cell: str, dtype: torch.dtype, driver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(cell, dtype, T=3, B=17, H=9, layout="padded", strided=True, reset="learned")
+    inputs = inputs_of(case)
+    driven(case, inputs, monkeypatch, driver)
+    grads = gradients_of(case, inputs)
+    kept = [t.clone() for _, t in tensors(inputs)] + [t.clone() for t in (grads[0], *grads[1], *grads[2])]
+    first, second = run(SCAN, inputs, grads), run(SCAN, inputs, grads)
+    assert_same_bits(first, second, inputs)
+    after = [t for _, t in tensors(inputs)] + [grads[0], *grads[1], *grads[2]]
+    assert all(torch.equal(a, b) for a, b in zip(kept, after, strict=True))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_both_drivers_save_the_same(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one driver's forward saved, the other's backward reads, and the reference's."""
+    case = Case(cell, T=4, B=5, H=17, layout="packed", reset="zero")
+    inputs = inputs_of(case)
+    grads = gradients_of(case, inputs)
+    yardstick, truth, saved = references(inputs, grads)
+    outputs = []
+    for driver in DRIVERS:
+        driven(case, inputs, monkeypatch, driver)
+        outputs.append(SCAN.forward(inputs))
+    for found, driver in zip(reversed(outputs), DRIVERS, strict=True):
+        driven(case, inputs, monkeypatch, driver)
+        if saved is None:
+            agree([SCAN.backward(inputs, found, *grads)], yardstick[1:], truth[1:], inputs)
+        agree([SCAN.backward(inputs, saved or yardstick[0], *grads)], yardstick[1:], truth[1:], inputs)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_many_models_and_a_pattern_of_directions(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case("gru", dtype, T=2, B=2, H=3, reverse=(False, True) * 40)
+    inputs = inputs_of(case)
+    driven(case, inputs, monkeypatch, "batch_parallel")
+    demand(inputs)
+    compare(SCAN, inputs, gradients_of(case, inputs))
+    odd = dataclasses.replace(inputs.spec, reverse=(True, *(False,) * 79))
+    assert any("directions" in reason for reason in SCAN.unsupported(dataclasses.replace(inputs, spec=odd)))
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_small_values_keep_their_precision(driver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """tanh near 0, where differences of exponentials cancel."""
+    case = Case("rnn_tanh", T=1, B=4, H=4, reverse=(False,))
+    inputs = inputs_of(case)
+    tiny = [t.mul_(1e-6) for t in (inputs.gx, *inputs.states, *inputs.params[0])]
+    assert tiny
+    driven(case, inputs, monkeypatch, driver)
+    compare(SCAN, inputs, gradients_of(case, inputs))
+
+
+OPTIONS: dict[str, dict] = {
+    "zoneout": {"zoneout": (0.1, 0.0)},
+    "grad_clip": {"grad_clip": 0.1},
+    "cell_clip": {"cell_clip": 0.5},
+    "proj_clip": {"proj_clip": 0.1},
+    "mask candidate": {"noise": ("candidate",), "scales": (1.0,)},
+    "parameter ln_hh": {"params": ("w_hh", "b_hh", "ln_hh")},
+    "parameter peephole_i": {"params": ("w_hh", "b_hh", "peephole_i")},
+    "cell no_such_cell": {"cell": "no_such_cell"},
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_what_is_not_there_is_refused_by_name(option: str) -> None:
+    inputs = inputs_of(Case())
+    changed = dataclasses.replace(inputs, spec=dataclasses.replace(inputs.spec, **OPTIONS[option]))
+    assert any(option in reason for reason in SCAN.unsupported(changed))
+
+
+def test_other_devices_and_dtypes_are_refused_by_name() -> None:
+    inputs = inputs_of(Case())
+    elsewhere = dataclasses.replace(inputs, gx=inputs.gx.to("meta"))
+    assert any("meta" in reason for reason in SCAN.unsupported(elsewhere))
+    for dtype in (torch.int64, torch.complex64, torch.float8_e4m3fn):
+        odd = dataclasses.replace(inputs, gx=inputs.gx.to(dtype), states=tuple(s.to(dtype) for s in inputs.states))
+        assert any(str(dtype) in reason for reason in SCAN.unsupported(odd))
