@@ -237,11 +237,6 @@ def may_torch(refused: str) -> bool:
     return not refused
 
 
-def allows_tf32() -> bool:
-    """Whether fp32 products of a recurrent network may be rounded to TF32 on a GPU, by torch's own switches."""
-    return torch.backends.cudnn.rnn.fp32_precision == "tf32"
-
-
 def triton_is_faster(
     device: torch.device, dtype: torch.dtype, cell: str, batch: int, packed: bool, steps: int, sizes: Sizes
 ) -> bool:

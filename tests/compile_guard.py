@@ -1,8 +1,8 @@
 """Compiles the Triton backend's kernels for GPUs that need not be there, and reads off what each would use of one.
 
 ``python tests/compile_guard.py`` compiles the launches that the backend ships for every target and prints those that do
-not fit; exit status 1 if there are any. A green compile proves little: registers spill, shared memory exceeds
-what a launch may ask for, and where tensor memory runs out Triton emits a kernel that only traps. All of these fail here.
+not fit; exit status 1 if there are any. A green compile proves little: registers spill, shared memory exceeds what a
+launch may ask for, and where tensor memory runs out Triton emits a kernel that only traps. All of these fail here.
 
 The Triton that is imported is the one that is tested: to test another, put its folder first in PYTHONPATH.
 """

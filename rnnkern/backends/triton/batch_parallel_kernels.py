@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 from rnnkern.backends.triton.places import lengths_of, locate, walks_back
 
 

@@ -79,9 +79,7 @@ def _of_one(
                     yield f"{title} {precision}", one
 
 
-def _inputs(
-    cell: str, dtype: torch.dtype, H: int, B: int, projected: bool, save: str, precision: str
-) -> ScanInputs:
+def _inputs(cell: str, dtype: torch.dtype, H: int, B: int, projected: bool, save: str, precision: str) -> ScanInputs:
     """A plain scan of one direction, as far as plans look at it."""
     T, G, P = 100, len(CELLS[cell].gates), H // 4 if projected else H
     wide = accumulation_dtype(dtype)

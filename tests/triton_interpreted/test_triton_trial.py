@@ -1,0 +1,124 @@
+"""The trial that kernels pass on a device before automatic choice takes them, here in the interpreter: it can fail."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+from scans import DTYPES
+
+from rnnkern import _cuda, dispatch
+from rnnkern.backends.base import ScanGrads, ScanInputs, ScanOutputs
+from rnnkern.backends.triton import trial
+from rnnkern.cells import CELLS
+
+SCAN = dispatch.backend("triton")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _untried() -> Iterator[None]:
+    trial.failure.cache_clear()
+    yield
+    trial.failure.cache_clear()
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "WIDTHS", (5,))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_right_kernels_pass(cell: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    if dtype != torch.bfloat16 or cell != "gru":  # the interpreter needs ten seconds for the size that a GPU is given
+        monkeypatch.setattr(trial, "WIDTHS", (5, 17))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        assert trial.trusted(CPU, cell, dtype, "ieee")
+
+
+def test_both_drivers_are_tried() -> None:
+    from rnnkern.backends.triton.config import choose, target_of
+    from rnnkern.backends.triton.drivers import question
+
+    for dtype in DTYPES:
+        problems = [trial.problem("lstm", dtype, "ieee", width) for width in trial.WIDTHS]
+        drivers = [choose(question(p, way, target_of(CPU))).driver for p in problems for way in ("forward", "backward")]
+        assert drivers == ["batch_parallel"] * 2 + ["per_step"] * 2
+
+
+class Wrong:
+    """The backend with one result changed."""
+
+    def __init__(self, name: str, change: float) -> None:
+        self.name, self.change = name, change
+
+    def forward(self, inputs: ScanInputs) -> ScanOutputs:
+        return self.changed(SCAN.forward(inputs))
+
+    def backward(self, *args: object) -> ScanGrads:
+        return self.changed(SCAN.backward(*args))
+
+    def changed(self, found):  # type: ignore[no-untyped-def]
+        if hasattr(found, self.name):
+            value = getattr(found, self.name)
+            value = value[0] if isinstance(value, tuple) else value
+            value.view(-1)[7] += self.change
+        return found
+
+
+@pytest.mark.parametrize("name", ["y", "final", "dgx", "dgh", "dstates"])
+@pytest.mark.parametrize("change", [0.05, float("nan")])
+@pytest.mark.usefixtures("small")
+def test_a_wrong_number_anywhere_fails(name: str, change: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = importlib.import_module("rnnkern.backends.triton")
+
+    monkeypatch.setattr(package, "BACKEND", Wrong(name, change))
+    with pytest.warns(RuntimeWarning, match=f"failed a trial of gru in torch.float32 on cpu.*{name}"):
+        assert not trial.trusted(CPU, "gru", torch.float32, "ieee")
+    with warnings.catch_warnings():  # said once, remembered after
+        warnings.simplefilter("error", RuntimeWarning)
+        assert not trial.trusted(CPU, "gru", torch.float32, "ieee")
+
+
+def test_what_does_not_compile_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    package = importlib.import_module("rnnkern.backends.triton")
+
+    class Broken:
+        def forward(self, inputs: ScanInputs) -> ScanOutputs:
+            raise RuntimeError("PassManager::run failed")
+
+    monkeypatch.setattr(package, "BACKEND", Broken())
+    with pytest.warns(RuntimeWarning, match="PassManager::run failed"):
+        assert not trial.trusted(CPU, "lstm", torch.float16, "ieee")
+
+
+def test_automatic_choice_asks_the_model_and_the_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a CUDA device would be asked for, with the trial held on the CPU in its place."""
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(_cuda, "device_of", lambda index: _cuda.Device("NVIDIA H200", 132, (9, 0)))
+    asked = []
+
+    def trusted(where: torch.device, *kind: object) -> bool:
+        asked.append((where, *kind))
+        return passes
+
+    monkeypatch.setattr(trial, "trusted", trusted)
+    sizes = dispatch.Sizes(512, 512)
+    for passes in (True, False):
+        took = dispatch.wants_torch(device, torch.bfloat16, "lstm", 64, False, 512, sizes)
+        assert took is not passes
+    assert asked == [(device, "lstm", torch.bfloat16, "ieee")] * 2
+    # cuDNN's small-H kernel, a short call, an empty one, a cell: torch's without a trial.
+    for T, B, H in ((512, 64, 64), (1, 64, 512), (0, 64, 512), (512, 0, 512)):
+        assert dispatch.wants_torch(device, torch.bfloat16, "lstm", B, False, T, replace_sizes(sizes, H))
+    assert dispatch.wants_torch(device, torch.bfloat16, "lstm_cell", 64, False, 1)
+    assert len(asked) == 2
+
+
+def replace_sizes(sizes: dispatch.Sizes, H: int) -> dispatch.Sizes:
+    return sizes._replace(I=H, H=H)
