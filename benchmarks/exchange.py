@@ -197,7 +197,6 @@ def seconds_per_step(one: Exchange, clock: Callable[[Callable[[], object]], floa
         taken = []
         for _ in range(5):
             one.reset()
-            torch.cuda.synchronize()
             taken.append(clock(lambda steps=steps: one.launch(steps)))
             one.check(steps)
         times[steps] = min(taken)
@@ -206,7 +205,8 @@ def seconds_per_step(one: Exchange, clock: Callable[[Callable[[], object]], floa
 
 
 def once(call: Callable[[], object]) -> float:
-    """Seconds of one call by events on the current stream."""
+    """Seconds of one call by events on the current stream, which is empty before it."""
+    torch.cuda.synchronize()
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     call()

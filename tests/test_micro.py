@@ -97,3 +97,90 @@ def test_kernels_run_in_the_interpreter_and_waits_end() -> None:
     command = [sys.executable, "-c", INTERPRETED]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.stdout.split() == ["done"], done.stderr[-3000:]
+
+
+def test_a_measurement_that_fails_stops_no_other() -> None:
+    from benchmarks.micro import run
+
+    def good() -> Any:
+        yield {"what": "one", "us": "1"}
+
+    def bad() -> Any:
+        yield {"what": "two", "us": "2"}
+        raise RuntimeError("no such kernel\nand more")
+
+    rows: list[dict[str, Any]] = []
+    assert run(iter([("good", good), ("bad", bad), ("good", good)]), rows.append, 60) == 1
+    assert [row["what"] for row in rows] == ["one", "two", "bad", "one"]
+    assert rows[2]["note"] == "failed: RuntimeError: no such kernel"
+    assert run(iter([("good", good)]), rows.append, -1) == 0 and len(rows) == 4
+
+
+def test_the_time_of_a_step_is_free_of_launching() -> None:
+    from benchmarks.exchange import seconds_per_step
+
+    class Fake:
+        steps, ran = 4096, 0
+
+        def reset(self) -> None:
+            self.ran = 0
+
+        def launch(self, steps: int) -> None:
+            self.ran = steps
+
+        def check(self, steps: int) -> None:
+            assert self.ran == steps
+
+    fake = Fake()
+
+    def clock(call: Any) -> float:
+        call()
+        return 20e-6 + 0.7e-6 * fake.ran
+
+    assert seconds_per_step(fake, clock) == pytest.approx(0.7e-6)  # type: ignore[arg-type]
+
+
+FAKE_PYTHON = """#!/usr/bin/env bash
+echo "$*" >>"$FAKE_LOG"
+case "$*" in
+    "-m pytest -q -m gpu tests"*) echo "3 passed" ;;
+    *benchmarks.micro*) echo what >"$4"; echo "step handed on" >&2 ;;
+    *--suite*) while [[ $1 != --results ]]; do shift; done; echo row >>"$2"; echo "a table"; exit 1 ;;
+    *report.py*) for n in 1 2 3 4; do touch "$4/speedup-$n.png"; done ;;
+    -) echo "torchrl haste" ;;
+    *) ;;
+esac
+"""
+
+
+def gpu_sh(
+    tmp_path: Path, seconds: int, *options: str
+) -> tuple[subprocess.CompletedProcess[str], list[str], list[str]]:
+    """The script with a Python that only notes what it was asked to do."""
+    python, out, log = tmp_path / "python", tmp_path / "out", tmp_path / "log"
+    python.write_text(FAKE_PYTHON)
+    python.chmod(0o755)
+    log.touch()
+    environment = {**os.environ, "PYTHON": str(python), "FAKE_LOG": str(log), "GPU_SECONDS": str(seconds)}
+    command = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), str(out), *options]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    return done, sorted(path.name for path in out.iterdir()), log.read_text().splitlines()
+
+
+def test_the_gpu_script_does_all_and_leaves_eight_files(tmp_path: Path) -> None:
+    done, files, asked = gpu_sh(tmp_path, 540)
+    assert files == ["build.log", "micro.csv", "micro.log", "results.csv", "speedup-1.png", "speedup-2.png",
+                     "suite.log", "tests.log"]  # fmt: skip
+    assert done.returncode == 1  # the suite's: a wrong result is no success
+    assert "3 passed" in done.stdout and "a table" in done.stdout and "step handed on" in done.stdout
+    suites = [line for line in asked if "--suite gpu" in line]
+    assert len(suites) == 2 and "--peer torch.nn" in suites[0] and "--peer torchrl haste --case" in suites[1]
+
+
+def test_the_gpu_script_keeps_to_its_time_and_its_part(tmp_path: Path) -> None:
+    done, files, asked = gpu_sh(tmp_path, 5)
+    assert asked == ["-"] and "out of time" in done.stdout and "results.csv" not in files
+    _, files, asked = gpu_sh(tmp_path, 540, "--only", "micro")
+    assert "micro.csv" in files and not any("pytest" in line for line in asked)
+    done, _, _ = gpu_sh(tmp_path, 540, "--only", "all-of-it")
+    assert done.returncode == 2
