@@ -13,7 +13,10 @@ cd "$(dirname "$0")/.."
 out=${1:?usage: bash benchmarks/gpu.sh OUT_DIR [--only tests|suite|micro]}
 only=${3:-all}
 [[ ${2:---only} == --only ]] || { echo "unknown option $2" >&2; exit 2; }
-case $only in all | tests | suite | micro) ;; *) echo "--only takes tests, suite or micro, got $only" >&2; exit 2 ;; esac
+case $only in
+    all | tests | suite | micro) ;;
+    *) echo "--only takes tests, suite or micro, got $only" >&2; exit 2 ;;
+esac
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 started=$SECONDS
@@ -23,8 +26,8 @@ wanted() { [[ $only == all || $only == "$1" ]]; }
 python=${PYTHON:-python3}
 status=0
 
-# within SECONDS COMMAND...: at most so long and no longer than what is left, less what the report needs. Asked to end as
-# by Ctrl-C, so that pytest prints its table, and ended for good soon after: a compiler may not listen.
+# within SECONDS COMMAND...: at most so long and no longer than what is left, less what the report needs. Asked to end
+# as by Ctrl-C, so that pytest prints its table, and ended for good soon after: a compiler may not listen.
 within() {
     local most=$(($(left) - 20))
     if ((most < 10)); then
