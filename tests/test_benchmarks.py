@@ -67,8 +67,8 @@ def test_tables_keep_the_rows_in_which_rnnkern_is_slower(tmp_path: Path) -> None
     assert "**0.90**" in text and "| 1.50 |" in text and "Some CPU" in text and "2026-01-01" in text
     assert any("0.90x" in line for line in table(rows))
     kinds = {"precision": "tf32", "capture": "graph", "case": "T9-B3-H8-resets", "layout": "resets"}
-    text = markdown(written(tmp_path / "g.csv", row(1.1, 1, 1.2), row(1.2, 1, 1.3, **kinds)), "g.csv", True)
-    assert "tf32, graph against torch.nn" in text and "anew in 3 %" in text and text.count("| 1.20 |") == 1
+    split = markdown(written(tmp_path / "g.csv", row(1.1, 1, 1.2), row(1.2, 1, 1.3, **kinds)), "g.csv", True)
+    assert "tf32, graph against torch.nn" in split and "anew in 3 %" in split and split.count("| 1.20 |") == 1
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{BEGIN}\nstale\n{END}\nafter\n")
     insert(readme, text)

@@ -27,14 +27,14 @@ KERNELS: dict[str, tuple[dict[str, str], list[dict[str, Any]]]] = {
     "gather_ids": ({"counter": "*i32", "ids": "*i32"}, [{"PROGRAMS": 132, "POLLS": 1000}]),
     "read_tiles": (
         {"tiles": "*i32", "out": "*i32", "repeats": "i32", "stride": "i32"},
-        [{"TILE": 65536, "CHUNK": 4096, "VOLATILE": volatile} for volatile in (False, True)],
+        [{"TILE": tile, "CHUNK": 2048, "VOLATILE": volatile} for tile in (4096, 65536) for volatile in (False, True)],
     ),
     "nothing": ({"out": "*i32"}, [{}]),
 }
 
 
 def compiled(name: str, signature: dict[str, str], constants: dict[str, Any]) -> Any:
-    """The kernel as the H100 and the H200 would run it; pointers are aligned, as torch's are."""
+    """The kernel as the H100 and the H200 would run it; pointers are aligned, as torch's are, and sizes are even."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -47,7 +47,7 @@ def compiled(name: str, signature: dict[str, str], constants: dict[str, Any]) ->
         fn=kernel,
         signature={key: "constexpr" if key in constants else signature[key] for key in names},
         constexprs={(names.index(key),): value for key, value in constants.items()},
-        attrs={(names.index(key),): [["tt.divisibility", 16]] for key in signature if signature[key].startswith("*")},
+        attrs={(names.index(key),): [["tt.divisibility", 16]] for key in signature},
     )
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
 
@@ -59,6 +59,8 @@ def test_kernels_compile_for_a_gpu(name: str) -> None:
         found = compiled(name, signature, constants)
         ptx = found.asm["ptx"]
         assert not re.search(r"^\s*trap;", ptx, re.MULTILINE) and found.metadata.shared < 227 * 1024
+        if name == "read_tiles":
+            assert re.search(r"ld\.(volatile\.)?global(\.cg)?\.v4", ptx), "reads are not 16 bytes wide"
         if name == "exchange":
             waits = {0: "ld.global.gpu.acquire", 1: "ld.acquire.gpu.global", 2: "ld.volatile.global"}
             assert re.search(waits[constants["METHOD"]], ptx), constants
