@@ -8,6 +8,7 @@ that all programs run at once or none does.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 
 import torch
 import triton
@@ -216,11 +217,20 @@ def once(call: Callable[[], object]) -> float:
 
 
 def handoffs(kib: int = 4, steps: int = 4096) -> list[tuple[int, float]]:
-    """Programs and the least microseconds in which so many hand a step on, by whichever method is fastest here."""
+    """Programs and the least microseconds in which so many hand a step on, by whichever method is fastest here.
+
+    A method that fails counts for nothing; if all do, the last one's reason is raised.
+    """
     sms = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
-    found = []
-    for programs in PROGRAMS:
-        if programs <= sms:
-            taken = [seconds_per_step(Exchange(method, programs, kib, steps), once) for method in METHODS]
-            found.append((programs, 1e6 * min(taken)))
-    return found
+    found: dict[int, float] = {}
+    reason: Exception | None = None
+    for programs, method in product([count for count in PROGRAMS if count <= sms], METHODS):
+        try:
+            taken = 1e6 * seconds_per_step(Exchange(method, programs, kib, steps), once)
+        except Exception as error:  # Triton's compiler and launcher fail in many ways
+            reason = error
+        else:
+            found[programs] = min(taken, found.get(programs, taken))
+    if reason is not None and not found:
+        raise reason
+    return sorted(found.items())

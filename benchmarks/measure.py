@@ -66,8 +66,11 @@ def check(case: Case, mine: dict[str, Tensor], torchs: dict[str, Tensor], truth:
 
 def check_foreign(case: Case, side: Side, truth: dict[str, Tensor]) -> None:
     """A peer whose numbers are others than torch's is no peer."""
-    for name, value in side.results().items():
-        exact = truth[name]
+    found = side.results()
+    if missing := truth.keys() - found.keys():
+        raise Unavailable(f"does not give {', '.join(sorted(missing))}")
+    for name, exact in truth.items():
+        value = found[name]
         error = _error(value.reshape(exact.shape), exact) / exact.abs().max().item()
         if not error <= FOREIGN["tf32" if case.precision == "tf32" else case.dtype]:
             raise Unavailable(f"its {name} is off by {error:.2g} of the largest value")

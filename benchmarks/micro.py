@@ -43,6 +43,10 @@ def us(seconds: float) -> str:
     return f"{1e6 * seconds:.4g}"
 
 
+def failure(error: Exception) -> str:
+    return f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+
+
 def replayed(clock: DeviceClock, call: Callable[[], object], count: int) -> float:
     """Seconds of one of `count` calls in a CUDA graph."""
     stream = torch.cuda.Stream()
@@ -68,8 +72,8 @@ def handed_on() -> Iterator[Row]:
         try:
             one = exchange.Exchange(method, programs, kib, 4096)
             row["us"] = us(exchange.seconds_per_step(one, exchange.once))
-        except exchange.Failed as error:
-            row["note"] = str(error)
+        except Exception as error:  # one method that does not work is no reason not to know the others
+            row["note"] = failure(error)
         yield row
 
 
@@ -261,9 +265,7 @@ def run(todo: Iterator[tuple[str, Measurement]], keep: Callable[[Row], None], se
                 keep(row)
         except Exception as error:  # compilers and drivers fail in many ways; what else can be measured is wanted
             failed += 1
-            keep(
-                {"what": name, "note": f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"}
-            )
+            keep({"what": name, "note": failure(error)})
     return failed
 
 
