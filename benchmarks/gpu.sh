@@ -60,6 +60,7 @@ if wanted suite; then
         within "$@" --results "$out/results.csv" -q -rfE -p no:cacheprovider >>"$out/suite.log" 2>&1
         local result=$?
         ((result == 0 || result == 2 || result == 124 || result == 137)) || status=$result # the time was up
+        tail -n 40 "$out/suite.log" # the means are the last lines of a table
     }
     run=("$python" -m pytest benchmarks --suite gpu --seconds 0.3)
     : >"$out/suite.log"
@@ -76,8 +77,6 @@ PYTHON
         # shellcheck disable=SC2086  # several words
         suite "$(left)" "${run[@]}" --peer $others --case T512-B64-H512 T1024-B16-H256 T128-B128-H256-resets
     fi
-    # The means are the last lines of a table.
-    tail -n 60 "$out/suite.log"
     if [[ -s "$out/results.csv" ]] && (($(left) > 5)); then
         charts=$(mktemp -d)
         # Without plotly there is no page, but the pictures are there.
