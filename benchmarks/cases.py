@@ -24,7 +24,8 @@ class Shape:
     H: int
     layers: int = 1
     directions: int = 1
-    layout: str = "dense"  # "dense" | "packed" | "cell": one call of RNNCell, LSTMCell or GRUCell
+    # "dense" | "packed" | "resets": the state starts anew in 3 % of the steps | "cell": one call of a cell's module
+    layout: str = "dense"
 
     @property
     def name(self) -> str:
@@ -40,6 +41,10 @@ class Shape:
     def lengths(self) -> Tensor:
         """The lengths of a packed shape, in no order; the same at every run."""
         return torch.randint(1, self.T + 1, (self.B,), generator=torch.Generator().manual_seed(1))
+
+    def resets(self) -> Tensor:
+        """[T, B]: in which steps a sequence starts anew; the same at every run."""
+        return torch.rand(self.T, self.B, generator=torch.Generator().manual_seed(1)) < 0.03
 
     @property
     def steps(self) -> int:
@@ -108,6 +113,7 @@ GPU = (
     Shape(512, 64, 512, layers=2, directions=2),
     *(Shape(512, 64, H) for H in (200, 650)),
     Shape(512, 64, 512, layout="packed"),
+    Shape(128, 128, 256, layout="resets"),
 )
 
 
@@ -135,7 +141,7 @@ SUITES: dict[str, Suite] = {
     "gpu": Suite(
         GPU,
         ("fp16", "fp32", "bf16"),
-        ("torch.nn", "torchrl", "flashrnn", "haste"),
+        ("torch.nn", "compiled-loop", "torchrl", "flashrnn", "haste"),
         "cuda",
         ("tf32", "ieee"),
         ("", "graph"),

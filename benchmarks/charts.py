@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter
 
 from benchmarks.floors import BOTH
 from benchmarks.peers import PEERS
-from benchmarks.results import Row
+from benchmarks.results import Row, arithmetic
 
 # Colours that are told apart by all (Okabe and Ito, "Color Universal Design", 2008).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -123,9 +123,9 @@ def _per_step(rows: list[Row]) -> list[Line]:
 
 def charts(rows: Sequence[Row]) -> Iterator[Chart]:
     """All charts of one machine's rows."""
-    dtypes = sorted({row["dtype"] for row in rows}, reverse=True)
-    for dtype in dtypes:
-        of = [row for row in rows if row["dtype"] == dtype and row["capture"] == ""]
+    rows = [row for row in rows if row["capture"] == ""]
+    for dtype in sorted({arithmetic(row) for row in rows}, reverse=True):
+        of = [row for row in rows if arithmetic(row) == dtype]
         sizes = "T × B × H"
         peers = _grid(of, _per_peer)
         yield Chart(f"speedup-{dtype}", f"Time of each peer over rnnkern's, {dtype}: above 1 rnnkern is faster", sizes,

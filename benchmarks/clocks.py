@@ -13,21 +13,21 @@ WARM = 0.015  # s; a pool that slept may start out on one core: several slices o
 
 
 class Clock(Interface):
-    def settle(self) -> None:
-        """Brings the machine to the state that every round starts from."""
+    def ready(self, call: Callable[[], object]) -> None:
+        """Brings the machine to the state that every round of this call starts from."""
 
     def seconds(self, call: Callable[[], object], calls: int) -> float:
         """Of one call, over so many in a row."""
 
 
-def warm_up(call: Callable[[], object]) -> None:
-    end = time.perf_counter() + WARM
-    while time.perf_counter() < end:
-        call()
-
-
 class HostClock:
     """Calls that have done their work when they return."""
+
+    def ready(self, call: Callable[[], object]) -> None:
+        self.settle()
+        end = time.perf_counter() + WARM
+        while time.perf_counter() < end:
+            call()
 
     def settle(self) -> None:
         """Waits until this process is idle, a quarter of a second at most.
@@ -49,11 +49,19 @@ class HostClock:
 
 
 class DeviceClock:
-    """Calls that only enqueue work on the current CUDA stream. Between rounds the last cache is overwritten."""
+    """Calls that only enqueue work on the current CUDA stream. Before each round the last cache is overwritten."""
 
     def __init__(self) -> None:
         cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
         self._flush = torch.empty(4 * cache, dtype=torch.uint8, device="cuda")
+
+    def ready(self, call: Callable[[], object]) -> None:
+        """Warm clocks and allocator first, the cache last: calls in between would fill it again."""
+        end = time.perf_counter() + WARM
+        while time.perf_counter() < end:
+            call()
+            torch.cuda.synchronize()  # or a slow call's queue grows to seconds of work
+        self.settle()
 
     def settle(self) -> None:
         torch.cuda.synchronize()

@@ -13,9 +13,9 @@ import torch
 from benchmarks import machine, results
 from benchmarks.cases import DTYPES, MODES, SUITES, Case, cells, suite
 from benchmarks.measure import Duel, Prepared, Protocol, Timing, Wrong, mode
-from benchmarks.memory import peak_bytes, worth_measuring
+from benchmarks.memory import allocated_peak, peak_bytes, worth_measuring
 from benchmarks.peers import PEERS, has
-from benchmarks.problem import Unavailable
+from benchmarks.problem import Side, Unavailable
 from benchmarks.report import table
 
 
@@ -67,24 +67,35 @@ class Session:
         self.protocol = Protocol(seconds=option.seconds)
         self.rows: list[results.Row] = []
         self._case: Case | None = None
-        self._prepared: Prepared | Wrong | None = None
+        self._prepared: Prepared | Wrong | Unavailable | None = None
         self._peaks: dict[str, int] = {}
 
-    def prepare(self, case: Case) -> Prepared | Wrong:
-        """The case, checked once for all its peers."""
+    def prepare(self, case: Case) -> Prepared | Wrong | Unavailable:
+        """The case, checked once for all its peers; or why there is none."""
         if self._case != case:
-            self._case, self._peaks = case, {}
+            self._case, self._prepared, self._peaks = None, None, {}  # what is raised here leaves no case behind
             try:
                 self._prepared = Prepared.of(case, self.option.threads)
-            except Wrong as wrong:
-                self._prepared = wrong
-            if case.device == "cpu" and worth_measuring(case) and not self.option.no_memory:
+            except (Wrong, Unavailable) as reason:
+                self._prepared = reason
+            if case.device == "cpu" and self._weighs(case):
                 libraries = ("rnnkern", "torch.nn")
                 self._peaks = {
                     name: peak_bytes(case, name, self.option.threads, self.option.backend) for name in libraries
                 }
+            self._case = case
         assert self._prepared is not None
         return self._prepared
+
+    def _weighs(self, case: Case) -> bool:
+        return worth_measuring(case) and not self.option.no_memory
+
+    def weigh(self, case: Case, *sides: Side) -> None:
+        """The peak memory of sides on a GPU, where no process of their own is needed for it."""
+        if case.device == "cuda" and self._weighs(case):
+            for side in sides:
+                if side.name not in self._peaks:
+                    self._peaks[side.name] = allocated_peak(side.call)
 
     def keep(self, prepared: Prepared, timing: Timing) -> results.Row:
         floor = self.rates.floor_us(prepared.case, prepared.weights)
@@ -113,6 +124,8 @@ def duel(session: Session, case: Case, peer: str) -> Iterator[tuple[Duel, Any]]:
         prepared = session.prepare(case)
         if isinstance(prepared, Wrong):
             pytest.fail(f"NO NUMBER: {prepared}", pytrace=False)
+        if isinstance(prepared, Unavailable):
+            pytest.skip(f"rnnkern: {prepared}")
         reason = ""
         try:
             side = prepared.peer(peer)
@@ -120,6 +133,7 @@ def duel(session: Session, case: Case, peer: str) -> Iterator[tuple[Duel, Any]]:
             reason = str(error)
         if reason:
             pytest.skip(f"{peer}: {reason}")
+        session.weigh(case, prepared.mine, side)
         yield Duel(prepared.mine, side, case.device, session.protocol), lambda timing: session.keep(prepared, timing)
 
 

@@ -99,13 +99,17 @@ class Rates:
     read: list[tuple[int, float]]  # working set in bytes, ascending -> bytes per second
     gpu_matmul: dict[str, float] = field(default_factory=dict)
     gpu_read: list[tuple[int, float]] = field(default_factory=list)
+    # Programs of one kernel -> microseconds in which so many hand a step on; empty where that could not be measured.
+    gpu_handoff: list[tuple[int, float]] = field(default_factory=list)
+    gpu_chip: int = 0  # bytes that one SM holds: registers and shared memory
 
     def floor_us(self, case: Case, weights: dict[str, tuple[int, ...]]) -> float:
         """No call can be faster: the larger of operations over the matmul rate and bytes over the bandwidth.
 
         Recurrent weights are streamed once a step (in training twice: once back) from the cache they fit in; input
         weights, inputs and outputs once (in training three times). On a GPU a kernel may keep recurrent weights on the
-        chip, so they count once there. `weights` maps parameter names to shapes.
+        chip, so they count once there; what one SM cannot hold is spread over several, and the time to hand each step
+        on between them comes on top. `weights` maps parameter names to shapes.
         """
         on_gpu = case.device == "cuda"
         read = self.gpu_read if on_gpu else self.read
@@ -113,19 +117,28 @@ class Rates:
         shape, passes = case.shape, 3 if case.mode == "training" else 1
         size = DTYPES[case.dtype].itemsize
         operations = recurrent = streamed = 0.0
-        for name, sizes in weights.items():
-            if len(sizes) == 2:
-                count = sizes[0] * sizes[1]
-                operations += 2 * shape.rows * count * passes
-                if name.startswith("weight_ih") or on_gpu:
-                    streamed += count * passes
-                else:
-                    walks = 1 if passes == 1 else 2
-                    recurrent += count * size * shape.steps * walks / bandwidth(read, count * size)
+        for name, sizes in _matrices(weights):
+            count = sizes[0] * sizes[1]
+            operations += 2 * shape.rows * count * passes
+            if name.startswith("weight_ih") or on_gpu:
+                streamed += count * passes
+            else:
+                walks = 1 if passes == 1 else 2
+                recurrent += count * size * shape.steps * walks / bandwidth(read, count * size)
         width = shape.H + shape.layers * shape.directions * shape.H
         rows = shape.rows * width * size * passes
         seconds = recurrent + streamed * size / bandwidth(read, streamed * size) + rows / bandwidth(read, rows)
-        return 1e6 * max(operations / matmul, seconds)
+        handing = self._handoffs_us(case, weights) if on_gpu else 0.0
+        return 1e6 * max(operations / matmul, seconds) + handing
+
+    def _handoffs_us(self, case: Case, weights: dict[str, tuple[int, ...]]) -> float:
+        """Of one walk over time, in training two; directions walk side by side, and so may layers."""
+        largest = max(rows * width for name, (rows, width) in _matrices(weights) if name.startswith("weight_hh"))
+        needed = largest * DTYPES[case.dtype].itemsize / max(self.gpu_chip, 1)
+        if needed <= 1 or not self.gpu_handoff or case.shape.steps == 1:
+            return 0.0
+        each = next((us for programs, us in self.gpu_handoff if programs >= needed), self.gpu_handoff[-1][1])
+        return each * case.shape.steps * (2 if case.mode == "training" else 1)
 
     def describe(self) -> str:
         """The rates in one line."""
@@ -136,7 +149,16 @@ class Rates:
             return f"products in GF/s: {products}; reads in GB/s by working set: {reads}"
 
         text = f"{self.threads} threads, {rates(self.matmul, self.read)}"
-        return f"{text}; GPU, {rates(self.gpu_matmul, self.gpu_read)}" if self.gpu_matmul else text
+        if not self.gpu_matmul:
+            return text
+        handing = ", ".join(f"{us:.3g} ({programs} programs)" for programs, us in self.gpu_handoff)
+        return (
+            f"{text}; GPU, {rates(self.gpu_matmul, self.gpu_read)}; us to hand a step on: {handing or 'not measured'}"
+        )
+
+
+def _matrices(weights: dict[str, tuple[int, ...]]) -> list[tuple[str, tuple[int, ...]]]:
+    return [(name, sizes) for name, sizes in weights.items() if len(sizes) == 2]
 
 
 def bandwidth(read: list[tuple[int, float]], working_set: float) -> float:
@@ -204,6 +226,28 @@ def _read_rates(threads: int, seconds: float) -> list[tuple[int, float]]:
     return rates
 
 
+def _chip_bytes() -> int:
+    """What one SM's registers and shared memory hold; not every version of torch tells, and then they count less."""
+    import torch
+
+    device = torch.cuda.get_device_properties(torch.cuda.current_device())
+    block = getattr(device, "shared_memory_per_block_optin", 0)
+    return 4 * getattr(device, "regs_per_multiprocessor", 65536) + getattr(
+        device, "shared_memory_per_multiprocessor", block
+    )
+
+
+def _handoffs() -> list[tuple[int, float]]:
+    """By exchange.py, whose waits all end. What went wrong is said, and other floors are none the worse for it."""
+    try:
+        from benchmarks.exchange import handoffs
+
+        return handoffs()
+    except Exception as error:  # Triton's compiler and launcher fail in many ways
+        print(f"the hand-off between programs was not measured: {type(error).__name__}: {error}", file=sys.stderr)
+        return []
+
+
 def _gpu_rates(seconds: float) -> tuple[dict[str, float], list[tuple[int, float]]]:
     """Products by dtype (fp32 without and with TF32), and reads by working set: the sum of a buffer's elements."""
     import torch
@@ -241,7 +285,9 @@ def calibrate(threads: int) -> Rates:
     if done.returncode:
         raise RuntimeError(f"the machine could not be calibrated: {done.stderr.strip()[-2000:]}")
     found = json.loads(done.stdout.splitlines()[-1])
-    pairs = {name: [(size, rate) for size, rate in found[name]] for name in ("read", "gpu_read")}
+    if done.stderr:
+        print(done.stderr, end="", file=sys.stderr)
+    pairs = {name: [(size, rate) for size, rate in found[name]] for name in ("read", "gpu_read", "gpu_handoff")}
     return Rates(**(found | pairs))
 
 
@@ -258,7 +304,7 @@ def main() -> None:
     matmul = {name: _matmul_rate(name, args.threads, args.seconds) for name in ("fp32", "bf16")}
     rates = Rates(args.threads, matmul, _read_rates(args.threads, args.seconds))
     if torch.cuda.is_available():
-        rates = Rates(rates.threads, rates.matmul, rates.read, *_gpu_rates(args.seconds))
+        rates = Rates(args.threads, matmul, rates.read, *_gpu_rates(args.seconds), _handoffs(), _chip_bytes())
     print(json.dumps(asdict(rates)) if args.json else f"{machine()}: {cpu()}\n{rates.describe()}")
 
 

@@ -1,4 +1,5 @@
-"""Peak memory of a training step: the resident set of a child process, above what it held before the step."""
+"""Peak memory of a training step above what was held before it: on a CPU the resident set of a child process, on a GPU
+what torch's allocator gave out."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -18,7 +20,22 @@ SMALLEST_OUTPUT = 2**20
 
 
 def worth_measuring(case: Case) -> bool:
-    return case.mode == "training" and case.dtype == "fp32" and 4 * case.shape.rows * case.shape.H >= SMALLEST_OUTPUT
+    if case.mode != "training" or case.capture:  # a graph's memory is its own, whatever the step would need
+        return False
+    return case.device == "cuda" or case.dtype == "fp32" and 4 * case.shape.rows * case.shape.H >= SMALLEST_OUTPUT
+
+
+def allocated_peak(step: Callable[[], object]) -> int:
+    """Of a step on the GPU. Its first call, which may compile and keep things, counts for nothing."""
+    import torch
+
+    step()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def peak_bytes(case: Case, library: str, threads: int, backend: str | None) -> int:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -16,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import gpu_peers
 from benchmarks.cases import DTYPES, Case, module_name
 from benchmarks.onnx_graph import feed, from_onnx, onnx_model
-from benchmarks.problem import Problem, Side, Unavailable, build, module_side, side_of
+from benchmarks.problem import Problem, Side, Unavailable, build, imported, module_side, side_of
 
 
 def ours(problem: Problem) -> Side:
@@ -116,7 +116,7 @@ def ours_fp32(problem: Problem, threads: int) -> Side:
 
 def onnxruntime(problem: Problem, threads: int) -> Side:
     """Inference in fp32: it offers no other recurrent layers on a CPU. It packs its weights when it loads them."""
-    runtime, model = _import("onnxruntime"), onnx_model(problem)
+    runtime, model = imported("onnxruntime"), onnx_model(problem)
     options = runtime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     session = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
@@ -132,7 +132,7 @@ def onnxruntime(problem: Problem, threads: int) -> Side:
 
 def openvino(problem: Problem, threads: int) -> Side:
     """Inference; in bf16 cases with fp32 at its edges. It packs its weights when it loads them."""
-    runtime, model = _import("openvino"), onnx_model(problem)
+    runtime, model = imported("openvino"), onnx_model(problem)
     precision = {"fp32": "f32", "bf16": "bf16"}[problem.case.dtype]
     hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": precision}
     core = runtime.Core()
@@ -199,16 +199,6 @@ def _compiled(name: str, problem: Problem, module: torch.nn.Module, compiled: An
     return side
 
 
-def _gpu_only(module: str) -> Callable[[Problem, int], Side]:
-    """A peer for GPUs that nobody has been able to run beside this suite yet: skipped by name, with that reason."""
-
-    def skipped(problem: Problem, threads: int) -> Side:
-        _import(module)
-        raise Unavailable(f"{module} is installed, but how to call it has not been written yet")
-
-    return skipped
-
-
 PEERS: dict[str, Callable[[Problem, int], Side]] = {
     "torch.nn": torch_nn,
     "rnnkern-fp32": ours_fp32,
@@ -216,9 +206,9 @@ PEERS: dict[str, Callable[[Problem, int], Side]] = {
     "openvino": openvino,
     "torch.compile": compiled_module,
     "compiled-loop": compiled_loop,
-    "torchrl": _gpu_only("torchrl"),
-    "flashrnn": _gpu_only("flashrnn"),
-    "haste": _gpu_only("haste_pytorch"),
+    "torchrl": gpu_peers.torchrl,
+    "flashrnn": gpu_peers.flashrnn,
+    "haste": gpu_peers.haste,
 }
 
 
@@ -234,12 +224,6 @@ def has(peer: str, case: Case) -> bool:
     if peer in ("torch.compile", "compiled-loop"):
         # A loop of more steps takes minutes to compile, and the ratio tells nothing new.
         plain = shape.layout == "dense" and shape.layers * shape.directions == 1
-        return plain and shape.T <= 50 and shape.H <= 128 and case.dtype == "fp32"
+        small = shape.T <= 50 and (shape.H <= 128 or case.device == "cuda")
+        return plain and small and case.dtype == "fp32" and not case.capture
     return peer == "torch.nn" or case.device == "cuda"
-
-
-def _import(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise Unavailable(f"{name} is not installed") from error

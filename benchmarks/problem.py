@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +17,17 @@ from benchmarks.cases import DTYPES, Case, module_name
 
 class Unavailable(Exception):
     """This peer cannot run this case; the text says why."""
+
+
+def imported(name: str) -> Any:
+    """A peer's module."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) and error.name else ""
+        whole, part = name.split(".")[0], missing.split(".")[0]
+        reason = f"{whole} is not installed" if part == whole else f"{whole} cannot be imported: {error}"
+        raise Unavailable(reason) from error
 
 
 @dataclass
@@ -68,7 +81,43 @@ def module_side(name: str, library: Any, problem: Problem, dtype: torch.dtype) -
     """A side that calls a module of `library`, on the problem's data in `dtype`."""
     module = build(library, problem.case).to(problem.case.device, dtype)
     module.load_state_dict(problem.weights)
-    return side_of(name, module, problem, dtype)
+    called: Callable[..., Any] = module
+    if problem.case.shape.layout == "resets":
+        reset = problem.case.shape.resets()
+        called = Segments(module, reset) if library is torch.nn else partial(module, reset=reset.to(problem.x.device))
+    return side_of(name, module, problem, dtype, called)
+
+
+class Segments:
+    """A torch.nn layer where sequences start anew: it has no such argument, so every stretch between two resets becomes
+    a sequence of its own in one packed batch. Which row goes where is worked out once, moving the rows is timed."""
+
+    def __init__(self, module: torch.nn.Module, reset: Tensor) -> None:
+        T, B = reset.shape
+        first = reset.clone()
+        first[0] = True
+        found = []  # (column, first step, steps)
+        for column in range(B):
+            starts = [*torch.nonzero(first[:, column]).flatten().tolist(), T]
+            found += [(column, start, end - start) for start, end in zip(starts, starts[1:], strict=False)]
+        found.sort(key=lambda segment: -segment[2])
+        # Packed rows lie step by step, the longest sequence first.
+        rows = [(start + k) * B + column for k in range(T) for column, start, steps in found if k < steps]
+        sizes = [sum(k < steps for _, _, steps in found) for k in range(found[0][2])]
+        last = {column: index for index, (column, start, steps) in enumerate(found) if start + steps == T}
+        on = next(module.parameters()).device
+        self.module, self.sizes = module, torch.tensor(sizes)
+        self.order = torch.tensor(rows, device=on)
+        self.back = torch.argsort(self.order)
+        self.last = torch.tensor([last[column] for column in range(B)], device=on)
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Any]:
+        packed = PackedSequence(x.flatten(0, 1).index_select(0, self.order), self.sizes)
+        y, final = self.module(packed)
+        y = y.data.index_select(0, self.back).view(*x.shape[:2], -1)
+        states = final if isinstance(final, tuple) else (final,)
+        states = tuple(state.index_select(1, self.last) for state in states)
+        return y, states if len(states) > 1 else states[0]
 
 
 def side_of(

@@ -18,7 +18,7 @@ if __package__ in (None, ""):  # run by its path
 
 from benchmarks.floors import BOTH, FLOORS, geometric_mean, verdict
 from benchmarks.machine import ROOT
-from benchmarks.results import RESULTS, Row, key, newest, read
+from benchmarks.results import RESULTS, Row, arithmetic, key, newest, read
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 PEERS = {  # in the order of the tables
@@ -27,6 +27,9 @@ PEERS = {  # in the order of the tables
     "compiled-loop": "torch.compile of a loop over cells",
     "onnxruntime": "ONNX Runtime",
     "openvino": "OpenVINO",
+    "torchrl": "TorchRL's Triton kernels",
+    "flashrnn": "FlashRNN",
+    "haste": "Haste",
     "rnnkern-fp32": "rnnkern's own fp32",
 }
 
@@ -50,7 +53,7 @@ def table(rows: Sequence[Row]) -> Iterable[str]:
         yield line(_case(row), row["peer"], f"{row['ratio']:.2f}x", spread, *times, share)
     groups: dict[tuple[str, str, str], list[float]] = {}
     for row in rows:
-        groups.setdefault((row["peer"], row["mode"], row["dtype"]), []).append(row["ratio"])
+        groups.setdefault((row["peer"], row["mode"], arithmetic(row)), []).append(row["ratio"])
     for (peer, mode, dtype), ratios in groups.items():
         yield (
             f"{peer}, {mode}, {dtype}: {geometric_mean(ratios):.2f}x geometric mean of {len(ratios)}, "
@@ -98,14 +101,14 @@ def group(row: Row) -> str:
     """Cases that one geometric mean is taken over."""
     if row["T"] == 1:
         return "one step"
-    if row["layout"] == "packed":
-        return "packed"
+    if row["layout"] in ("packed", "resets"):
+        return row["layout"]
     if row["layers"] * row["directions"] > 1:
         return "stacks"
     return "B = 1" if row["B"] == 1 else "B > 1"
 
 
-GROUPS = ("one step", "B = 1", "B > 1", "stacks", "packed")
+GROUPS = ("one step", "B = 1", "B > 1", "stacks", "packed", "resets")
 
 
 def _shape(row: Row) -> str:
@@ -114,6 +117,8 @@ def _shape(row: Row) -> str:
         return f"a cell, {sizes}"
     if row["layout"] == "packed":
         return f"packed, lengths 1 to {row['T']}, {sizes}"
+    if row["layout"] == "resets":
+        return f"T={row['T']}, {sizes}, anew in 3 % of the steps"
     stack = f", {row['layers']} layers" if row["layers"] > 1 else ""
     return f"T={row['T']}, {sizes}{stack}{', bidirectional' if row['directions'] == 2 else ''}"
 
@@ -186,8 +191,8 @@ def markdown(rows: list[Row], source: str, first: bool) -> str:
         parts += ["† ran on torch's own kernels by automatic choice.", ""]
     parts += memory(rows)
     for peer, title in PEERS.items():
-        for dtype in sorted({row["dtype"] for row in rows if row["peer"] == peer}, reverse=True):
-            picked = [row for row in rows if row["peer"] == peer and row["dtype"] == dtype]
+        for dtype in sorted({arithmetic(row) for row in rows if row["peer"] == peer}, reverse=True):
+            picked = [row for row in rows if row["peer"] == peer and arithmetic(row) == dtype]
             heading = f"{dtype} against {title}"
             if first and peer == "torch.nn" and dtype == "fp32":
                 parts += [heading, "", *section(picked), ""]

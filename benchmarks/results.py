@@ -94,6 +94,11 @@ def _typed(row: dict[str, str]) -> Row:
     return {**row, **whole, **{column: float(row[column]) if row[column] else None for column in NUMBERS}}
 
 
+def arithmetic(row: Row) -> str:
+    """The dtype, or what products of fp32 are made of, and whether a CUDA graph was replayed: rows of one table."""
+    return ("tf32" if row["precision"] == "tf32" else row["dtype"]) + (", graph" if row["capture"] == "graph" else "")
+
+
 def key(row: Row) -> tuple[Any, ...]:
     """What makes two rows measurements of the same thing."""
     columns = ("machine", "threads", "case", "cell", "mode", "dtype", "precision", "capture", "peer")
