@@ -88,13 +88,13 @@ def _scratch(work: Work, width: int, dtype: torch.dtype) -> Tensor:
 def _whole(work: Work, kernel: object, config: Config) -> Program:
     constants = work.constants | {"CELL": _cell(work, kernel), "BLOCK_B": config.block_b, "BLOCK_H": config.block_h}
     grid = (-(-work.inputs.B // config.block_b), 1, work.N)
-    return Program((launch(kernel, grid, config.options(), constants, work.arguments),))
+    return Program((launch(kernel, grid, config.options(work.target), constants, work.arguments),))
 
 
 def _single(work: Work, kernel: object, config: Config, width: int) -> Launch:
     tiles = {"BLOCK_B": config.block_b, "BLOCK_H": config.block_h, "BLOCK_K": config.block_k}
     grid = (-(-work.inputs.B // config.block_b), -(-width // config.block_h), work.N)
-    return launch(kernel, grid, config.options(), work.constants | {"CELL": _cell(work, kernel)} | tiles)
+    return launch(kernel, grid, config.options(work.target), work.constants | {"CELL": _cell(work, kernel)} | tiles)
 
 
 def _cell(work: Work, kernel: object) -> object:

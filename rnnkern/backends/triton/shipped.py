@@ -19,7 +19,7 @@ from rnnkern.backends.triton.places import NAMES, advance, word, write_table
 from rnnkern.cells import CELLS
 
 SIZES = (32, 64, 128, 200, 512, 1024)
-BATCHES = (1, 16, 64, 256)
+BATCHES = (16, 256)
 TARGETS = {
     "sm_80": Target("cuda", 80, 108),
     "sm_90": Target("cuda", 90, 132),
