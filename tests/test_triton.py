@@ -52,19 +52,18 @@ from rnnkern import dispatch, info
 y = rnnkern.GRU(3, 4)(torch.randn(5, 2, 3))[0]
 y.sum().backward()
 assert "cpu" in dispatch.explain(info.plain_call("lstm"))["triton"][0]
-print([name for name in sys.modules if name.partition(".")[0] == "triton" or name.startswith("rnnkern.backends.triton")])
+print([name for name in sys.modules if name.startswith(("triton", "rnnkern.backends.triton"))])
 """
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=300)
     assert found.stdout.strip() == "[]", found.stdout
 
 
-def test_tf32_is_what_torchs_switch_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tf32_is_what_torchs_switch_says() -> None:
     switch = torch.backends.cudnn.rnn
     before = switch.fp32_precision
     try:
         for word, allowed in (("tf32", True), ("ieee", False)):
             switch.fp32_precision = word
             assert dispatch.allows_tf32() is allowed
-        torch.backends.cudnn.rnn.fp32_precision = before
     finally:
         switch.fp32_precision = before

@@ -14,15 +14,16 @@ from rnnkern.backends.triton.config import Config, Question, Target, choose, loo
 
 H200 = shipped.TARGETS["sm_90"]
 ENTRY: dict[str, Any] = {
-    "target": "sm_90", "processors": 132, "cell": "lstm", "dtype": "bfloat16", "direction": "forward", "H": 512, "B": 64,
+    "target": "sm_90", "processors": 132, "cell": "lstm", "dtype": "bfloat16", "direction": "forward", "H": 512,
+    "B": 64,
     "config": {"driver": "per_step", "block_b": 32, "block_h": 16, "block_k": 64, "warps": 4, "stages": 4},
 }  # fmt: skip
 
 
 def ask(**changes: Any) -> Question:
     given: dict[str, Any] = {
-        "cell": "lstm", "gates": 4, "dtype": torch.bfloat16, "direction": "forward", "B": 64, "H": 512, "P": 512, "N": 1,
-        "project": False, "target": H200,
+        "cell": "lstm", "gates": 4, "dtype": torch.bfloat16, "direction": "forward", "B": 64, "H": 512, "P": 512,
+        "N": 1, "project": False, "target": H200,
     }  # fmt: skip
     if "H" in changes and "P" not in changes:
         changes["P"] = changes["H"]

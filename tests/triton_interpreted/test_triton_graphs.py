@@ -12,7 +12,7 @@ from scans import Case, compare, gradients_of, inputs_of
 
 from rnnkern import dispatch
 from rnnkern.backends.triton import graphs
-from rnnkern.backends.triton.places import NAMES, STEP, advance, word, write_table
+from rnnkern.backends.triton.slots import NAMES, STEP, advance, word, write_table
 
 CPU = torch.device("cpu")
 

@@ -46,7 +46,23 @@ def reads_the_row_beside(  # type: ignore[no-untyped-def]
     """As where the offset of the step before is taken for that of this one."""
     beside = tl.where(before > 0, before - 1, before)
     return _entering(
-        table, row, alive, beside, went, n, b, B, WIDTH, N, FIRST, RESTART, WRITTEN, TYPE, HAS_RESET, HAS_RESTART, ALIGNED
+        table,
+        row,
+        alive,
+        beside,
+        went,
+        n,
+        b,
+        B,
+        WIDTH,
+        N,
+        FIRST,
+        RESTART,
+        WRITTEN,
+        TYPE,
+        HAS_RESET,
+        HAS_RESTART,
+        ALIGNED,
     )
 
 
@@ -55,7 +71,9 @@ def forgets_resets_of_a_scan(  # type: ignore[no-untyped-def]
     pending, weights, carry, d_restart, came, was_reset,
     GATES: tl.constexpr, HAS_RESET: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    return _d_states(pending, weights, carry, d_restart, came, was_reset & (was_reset == 0), GATES, HAS_RESET, ACC, PRECISION)
+    return _d_states(
+        pending, weights, carry, d_restart, came, was_reset & (was_reset == 0), GATES, HAS_RESET, ACC, PRECISION
+    )
 
 
 @triton.jit

@@ -24,7 +24,7 @@ _BATCH_PARALLEL_H = {1: 0, 2: 128, 4: 64, 8: 16}  # by bytes of an element: the 
 
 _LEAST = {"block_b": 4, "block_h": 16, "block_k": 16}  # rows are padded to what an instruction multiplies
 _TILES = (16, 32, 64)
-_LARGEST = {"cuda": {2: 64, 4: 32, 8: 16}, "hip": {2: 32, 4: 32, 8: 16}}  # larger ones spill, by bytes of an element
+_LARGEST = {2: 32, 4: 32, 8: 16}  # by bytes of an element; larger ones spill
 _FIXED = 32768  # what a turn costs besides its reading, in bytes read: launching, the cell, the writes
 
 
@@ -185,7 +185,8 @@ def _tiled(q: Question) -> Config:
     """The tile whose program reads least of the weights and of h, over all programs that a processor runs in turn."""
     width, deep = (q.P, q.gates * q.H) if q.direction == "backward" else (q.H, q.P)
     gates = q.gates if q.direction == "forward" else 1
-    most = _LARGEST[q.target.kind][q.dtype.itemsize]
+    warpgroups = q.target.kind == "cuda" and q.target.arch >= 90  # their sums and operands need fewer registers
+    most = 64 if warpgroups and q.dtype.itemsize == 2 else _LARGEST[q.dtype.itemsize]
     rows = [r for r in _TILES if r <= min(most, power_of_two(q.B))]
     units = [u for u in _TILES if u <= min(most, power_of_two(width))]
 

@@ -12,7 +12,7 @@ from rnnkern.backends.triton import batch_parallel_kernels as whole
 from rnnkern.backends.triton import per_step_kernels as single
 from rnnkern.backends.triton.config import Config, Question, Target, choose
 from rnnkern.backends.triton.launch import Launch, launch
-from rnnkern.backends.triton.places import NAMES
+from rnnkern.backends.triton.slots import NAMES
 from rnnkern.backends.triton.work import Work
 from rnnkern.cells import CELLS
 
@@ -21,7 +21,7 @@ _STRIDED = {"gx": "GX_ALIGNED", "dy": "DY_ALIGNED"}
 
 
 class Program(NamedTuple):
-    """What a scan launches: all of `launches` once, or, where there are `words` for a table, for every one of `steps`."""
+    """What a scan launches: all of `launches` once, or, with `words` for a table, for every one of `steps`."""
 
     launches: tuple[Launch, ...]
     steps: int = 1
