@@ -1,6 +1,6 @@
 """Every kernel that the Triton backend ships fits the GPUs it is for: compiled here, without one (compile_guard.py).
 
-RNNKERN_OLD_TRITON names a folder with another Triton in it, the oldest that is supported: then that one compiles as well.
+RNNKERN_OLD_TRITON names a folder with another Triton in it, the oldest that is supported: then that one is tested too.
 """
 
 from __future__ import annotations

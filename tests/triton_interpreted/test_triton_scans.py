@@ -63,9 +63,9 @@ def driven(case: Case, inputs: ScanInputs, patch: pytest.MonkeyPatch, driver: st
     cannot = fits_batch_parallel(question(inputs, "forward", target_of(inputs.gx.device)))
     if driver is None:
         driver = DRIVERS[1 if cannot else case.seed % 2]
-    text = f"driver={driver},block_b=16"
+    rng = random.Random(str(case))
+    text = f"driver={driver},block_b={rng.choice([4, 8, 16]) if driver == 'batch_parallel' else 16}"
     if driver == "per_step":
-        rng = random.Random(str(case))
         text += f",block_h={rng.choice([16, 32])},block_k={rng.choice([16, 32, 64])}"
     patch.setenv("RNNKERN_TRITON_CONFIG", text)
     return text

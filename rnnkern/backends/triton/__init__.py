@@ -1,7 +1,7 @@
 """The Triton backend: fused scans on GPUs, and on the CPU in Triton's interpreter, which is for tests.
 
-Two drivers (config.py chooses): *batch_parallel*, a whole scan in one launch, for small H; *per_step*, one launch a step,
-for every size. Cells bring their equations (cells.py), the drivers everything else.
+Two drivers (config.py chooses): *batch_parallel*, a whole scan in one launch, for small H; *per_step*, one launch a
+step, for every size. Cells bring their equations (cells.py), the drivers everything else.
 """
 
 from __future__ import annotations

@@ -22,8 +22,9 @@ VARIABLE = "RNNKERN_TRITON_CONFIG"
 _SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}  # KiB that one program may have
 _BATCH_PARALLEL_H = {1: 0, 2: 128, 4: 64, 8: 16}  # by bytes of an element: the largest H whose weights fit one program
 
+_LEAST = {"block_b": 4, "block_h": 16, "block_k": 16}  # rows are padded to what an instruction multiplies
 _TILES = (16, 32, 64)
-_LARGEST = {"cuda": {2: 64, 4: 32, 8: 16}, "hip": {2: 32, 4: 32, 8: 16}}  # larger ones spill, by bytes of an element
+_LARGEST = {2: 32, 4: 32, 8: 16}  # by bytes of an element; larger ones spill
 _FIXED = 32768  # what a turn costs besides its reading, in bytes read: launching, the cell, the writes
 
 
@@ -72,7 +73,7 @@ class Config:
         if self.driver not in DRIVERS:
             raise ValueError(f"driver {self.driver!r}: expected one of {', '.join(DRIVERS)}")
         for field in fields(self)[1:]:
-            value, least = getattr(self, field.name), 16 if field.name.startswith("block") else 1
+            value, least = getattr(self, field.name), _LEAST.get(field.name, 1)
             power = type(value) is int and value > 0 and not value & (value - 1)
             if field.name == "stages":
                 power = type(value) is int
@@ -80,8 +81,10 @@ class Config:
                 kind = "an integer" if field.name == "stages" else "a power of two"
                 raise ValueError(f"{field.name}={value!r}: expected {kind} from {least} to 256")
 
-    def options(self) -> dict[str, int]:
-        return {"num_warps": self.warps, "num_stages": self.stages}
+    def options(self, target: Target) -> dict[str, int]:
+        """Triton's launch options. All registers that there are: else ptxas spills some for more programs at once."""
+        found = {"num_warps": self.warps, "num_stages": self.stages}
+        return found | {"maxnreg": min(255, 2048 // self.warps)} if target.kind == "cuda" else found
 
 
 @dataclass(frozen=True)
@@ -170,16 +173,20 @@ def model(q: Question, driver: str | None = None) -> Config:
 
 
 def _whole(q: Question) -> Config:
+    """Few rows: products of 4 rows take as long as those of 16, what is done with them does not."""
     H = power_of_two(q.H)
-    large = H * q.dtype.itemsize >= 128
-    return Config("batch_parallel", 16, H, H, 8 if large else 4, 1)
+    if q.target.kind == "hip":
+        return Config("batch_parallel", 16, H, H, 4, 1)
+    rows = 4 if -(-q.B // 4) * q.N <= q.target.processors else 8
+    return Config("batch_parallel", rows, H, H, 8 if H * q.dtype.itemsize >= 128 else 4, 1)
 
 
 def _tiled(q: Question) -> Config:
     """The tile whose program reads least of the weights and of h, over all programs that a processor runs in turn."""
     width, deep = (q.P, q.gates * q.H) if q.direction == "backward" else (q.H, q.P)
     gates = q.gates if q.direction == "forward" else 1
-    most = _LARGEST[q.target.kind][q.dtype.itemsize]
+    warpgroups = q.target.kind == "cuda" and q.target.arch >= 90  # their sums and operands need fewer registers
+    most = 64 if warpgroups and q.dtype.itemsize == 2 else _LARGEST[q.dtype.itemsize]
     rows = [r for r in _TILES if r <= min(most, power_of_two(q.B))]
     units = [u for u in _TILES if u <= min(most, power_of_two(width))]
 
@@ -192,7 +199,7 @@ def _tiled(q: Question) -> Config:
     r, u = min(((r, u) for r in rows for u in units), key=cost)
     depth = min({2: 64, 4: 32, 8: 16}[q.dtype.itemsize], power_of_two(deep))
     stages = 3 if q.target.kind == "cuda" else 1
-    return Config("per_step", r, u, depth, 8 if r * u * gates > 4096 else 4, stages)
+    return Config("per_step", r, u, depth, 8 if r * u * gates * q.dtype.itemsize > 8192 else 4, stages)
 
 
 def power_of_two(size: int) -> int:

@@ -12,7 +12,7 @@ from rnnkern.backends.triton import batch_parallel_kernels as whole
 from rnnkern.backends.triton import per_step_kernels as single
 from rnnkern.backends.triton.config import Config, Question, Target, choose
 from rnnkern.backends.triton.launch import Launch, launch
-from rnnkern.backends.triton.places import NAMES
+from rnnkern.backends.triton.slots import NAMES
 from rnnkern.backends.triton.work import Work
 from rnnkern.cells import CELLS
 
@@ -21,7 +21,7 @@ _STRIDED = {"gx": "GX_ALIGNED", "dy": "DY_ALIGNED"}
 
 
 class Program(NamedTuple):
-    """What a scan launches: all of `launches` once, or, where there are `words` for a table, for every one of `steps`."""
+    """What a scan launches: all of `launches` once, or, with `words` for a table, for every one of `steps`."""
 
     launches: tuple[Launch, ...]
     steps: int = 1
@@ -88,13 +88,13 @@ def _scratch(work: Work, width: int, dtype: torch.dtype) -> Tensor:
 def _whole(work: Work, kernel: object, config: Config) -> Program:
     constants = work.constants | {"CELL": _cell(work, kernel), "BLOCK_B": config.block_b, "BLOCK_H": config.block_h}
     grid = (-(-work.inputs.B // config.block_b), 1, work.N)
-    return Program((launch(kernel, grid, config.options(), constants, work.arguments),))
+    return Program((launch(kernel, grid, config.options(work.target), constants, work.arguments),))
 
 
 def _single(work: Work, kernel: object, config: Config, width: int) -> Launch:
     tiles = {"BLOCK_B": config.block_b, "BLOCK_H": config.block_h, "BLOCK_K": config.block_k}
     grid = (-(-work.inputs.B // config.block_b), -(-width // config.block_h), work.N)
-    return launch(kernel, grid, config.options(), work.constants | {"CELL": _cell(work, kernel)} | tiles)
+    return launch(kernel, grid, config.options(work.target), work.constants | {"CELL": _cell(work, kernel)} | tiles)
 
 
 def _cell(work: Work, kernel: object) -> object:

@@ -7,9 +7,8 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
-
 import triton.language as tl
+from torch import Tensor
 
 TYPES = {torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _NAMES = {

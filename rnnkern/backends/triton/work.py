@@ -35,7 +35,7 @@ def even(x: Tensor) -> bool:
 class Work:
     def __init__(self, inputs: ScanInputs, target: Target) -> None:
         spec, cell = inputs.spec, CELLS[inputs.spec.cell]
-        self.inputs, self.spec, self.cell = inputs, spec, cell
+        self.inputs, self.spec, self.cell, self.target = inputs, spec, cell, target
         self.step = STEPS[spec.cell]
         self.dtype = inputs.gx.dtype
         self.acc = accumulation_dtype(self.dtype)
