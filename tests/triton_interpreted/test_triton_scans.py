@@ -89,7 +89,7 @@ def test_equals_the_reference(case: Case, monkeypatch: pytest.MonkeyPatch) -> No
     compare(SCAN, inputs, gradients_of(case, inputs))
 
 
-@pytest.mark.parametrize("case", [c for c in drawn(6, AXES) if c.dtype != torch.float16], ids=str)
+@pytest.mark.parametrize("case", [c for c in drawn(4, AXES) if c.dtype != torch.float16], ids=str)
 def test_as_configured_by_size(case: Case) -> None:
     """Nothing asked for: the size model's own tiles."""
     case = dataclasses.replace(case, project=case.project and case.cell == "lstm", T=min(case.T, 3))
@@ -192,12 +192,12 @@ def test_both_drivers_save_the_same(cell: str, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_many_models_and_a_pattern_of_directions(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case("gru", dtype, T=2, B=2, H=3, reverse=(False, True) * 40)
+    case = Case("gru", dtype, T=2, B=2, H=3, reverse=(False, True) * 12)
     inputs = inputs_of(case)
     driven(case, inputs, monkeypatch, "batch_parallel")
     demand(inputs)
     compare(SCAN, inputs, gradients_of(case, inputs))
-    odd = dataclasses.replace(inputs.spec, reverse=(True, *(False,) * 79))
+    odd = dataclasses.replace(inputs.spec, reverse=(True, *(False,) * 40))
     assert any("directions" in reason for reason in SCAN.unsupported(dataclasses.replace(inputs, spec=odd)))
 
 

@@ -24,7 +24,8 @@ _BATCH_PARALLEL_H = {1: 0, 2: 128, 4: 64, 8: 16}  # by bytes of an element: the 
 
 _LEAST = {"block_b": 4, "block_h": 16, "block_k": 16}  # rows are padded to what an instruction multiplies
 _TILES = (16, 32, 64)
-_LARGEST = {2: 32, 4: 32, 8: 16}  # by bytes of an element; larger ones spill
+_LARGEST = {2: 32, 4: 32, 8: 16}  # edge of a tile, by bytes of an element; larger ones spill
+_SUMS = {2: 16384, 4: 2048, 8: 1024}  # sums of a program, likewise
 _FIXED = 32768  # what a turn costs besides its reading, in bytes read: launching, the cell, the writes
 
 
@@ -196,10 +197,13 @@ def _tiled(q: Question) -> Config:
         turns = -(-programs // q.target.processors)
         return turns * (deep * (r + gates * u) * q.dtype.itemsize + _FIXED), -r * u  # alike: fewer programs
 
-    r, u = min(((r, u) for r in rows for u in units), key=cost)
+    tiles = [(r, u) for r in rows for u in units if r * u * gates <= _SUMS[q.dtype.itemsize]]
+    r, u = min(tiles, key=cost)
     depth = min({2: 64, 4: 32, 8: 16}[q.dtype.itemsize], power_of_two(deep))
     stages = 3 if q.target.kind == "cuda" else 1
-    return Config("per_step", r, u, depth, 8 if r * u * gates * q.dtype.itemsize > 8192 else 4, stages)
+    # Four slices of fp32 or fewer are unrolled, and are then too much at once for the registers of 4 warps.
+    many = r * u * gates * q.dtype.itemsize > 8192 or (q.target.kind == "cuda" and deep <= 4 * depth < 256)
+    return Config("per_step", r, u, depth, 8 if many else 4, stages)
 
 
 def power_of_two(size: int) -> int:
