@@ -25,7 +25,7 @@ _BATCH_PARALLEL_H = {1: 0, 2: 128, 4: 64, 8: 16}  # by bytes of an element: the 
 _LEAST = {"block_b": 4, "block_h": 16, "block_k": 16}  # rows are padded to what an instruction multiplies
 _TILES = (16, 32, 64)
 _LARGEST = {2: 32, 4: 32, 8: 16}  # edge of a tile, by bytes of an element; larger ones spill
-_SUMS = {2: 16384, 4: 2048, 8: 1024}  # sums of a program, likewise
+_SUMS = {2: 16384, 4: 1536, 8: 1024}  # sums of a program, likewise
 _FIXED = 32768  # what a turn costs besides its reading, in bytes read: launching, the cell, the writes
 
 
@@ -161,6 +161,8 @@ def fits_batch_parallel(question: Question) -> str:
     most = _BATCH_PARALLEL_H[question.dtype.itemsize]
     if question.target.kind == "hip":
         most //= 2  # 64 KiB of local memory
+    elif question.direction == "backward" and question.dtype == torch.float32 and question.gates == 4:
+        most //= 2  # more registers than there are
     if question.H > most:
         return f"H={question.H} (batch_parallel holds all weights in one program: up to H={most} in {question.dtype})"
     return ""
@@ -197,12 +199,13 @@ def _tiled(q: Question) -> Config:
         turns = -(-programs // q.target.processors)
         return turns * (deep * (r + gates * u) * q.dtype.itemsize + _FIXED), -r * u  # alike: fewer programs
 
-    tiles = [(r, u) for r in rows for u in units if r * u * gates <= _SUMS[q.dtype.itemsize]]
+    sums = _SUMS[q.dtype.itemsize] if warpgroups else min(_SUMS[q.dtype.itemsize], 3072)
+    tiles = [(r, u) for r in rows for u in units if r * u * gates <= sums]
     r, u = min(tiles, key=cost)
     depth = min({2: 64, 4: 32, 8: 16}[q.dtype.itemsize], power_of_two(deep))
     stages = 3 if q.target.kind == "cuda" else 1
     # Four slices of fp32 or fewer are unrolled, and are then too much at once for the registers of 4 warps.
-    many = r * u * gates * q.dtype.itemsize > 8192 or (q.target.kind == "cuda" and deep <= 4 * depth < 256)
+    many = r * u * gates * q.dtype.itemsize >= 8192 or (q.target.kind == "cuda" and deep <= 4 * depth < 256)
     return Config("per_step", r, u, depth, 8 if many else 4, stages)
 
 

@@ -107,7 +107,7 @@ def _table(work: Work) -> dict[str, Tensor | int]:
     found = {name: work.arguments[name] for name in NAMES if work.arguments.get(name) is not None}
     work.constants["ALIGNED"] = True
     for name, value in found.items():
-        if not isinstance(value, Tensor) or value.data_ptr() % 16 == 0 or value.dtype in (torch.bool, torch.int64):
+        if not isinstance(value, Tensor) or value.data_ptr() % 16 == 0 or value.dtype in (torch.int32, torch.int64):
             continue
         work.constants[_STRIDED.get(name, "ALIGNED")] = False
     return found

@@ -40,7 +40,7 @@ def _resets(table, row, n, alive, HAS_RESET: tl.constexpr):  # type: ignore[no-u
     """[BLOCK_B] which rows' entering states are replaced."""
     if HAS_RESET:
         at = row * tl.load(table + slots.RESET_ROW) + n * tl.load(table + slots.RESET_GROUP)
-        return tl.load(pointer(table, slots.RESET, tl.int8, False) + at, mask=alive, other=0) != 0
+        return tl.load(pointer(table, slots.RESET, tl.int32, False) + at, mask=alive, other=0) != 0
     else:
         return row < 0
 

@@ -6,6 +6,7 @@ Made by the code that makes launches, from tensors without memory, so that the t
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -53,22 +54,19 @@ def shipped(target: Target, sizes: Iterable[int] = SIZES, batches: Iterable[int]
 
 
 def launches(target: Target, sizes: Iterable[int], batches: Iterable[int]) -> Iterator[tuple[str, Launch]]:
-    for cell in STEPS:
-        for dtype in TYPES:
-            for H in sizes:
-                for B in batches:
-                    yield from _of_one(target, cell, dtype, H, B, projected=False)
-                    if cell == "lstm" and H == 512:
-                        yield from _of_one(target, cell, dtype, H, B, projected=True)
+    for cell, dtype, H, B in product(STEPS, TYPES, sizes, batches):
+        yield from _of_one(target, cell, dtype, H, B, "plain")
+        if cell == "lstm" and H == 512:
+            yield from _of_one(target, cell, dtype, H, B, "projected")
+        if H in (64, 512):
+            yield from _of_one(target, cell, dtype, H, B, "rich")
 
 
-def _of_one(
-    target: Target, cell: str, dtype: torch.dtype, H: int, B: int, projected: bool
-) -> Iterator[tuple[str, Launch]]:
-    title = f"{cell} {str(dtype).removeprefix('torch.')} H{H} B{B}{' projected' if projected else ''}"
+def _of_one(target: Target, cell: str, dtype: torch.dtype, H: int, B: int, kind: str) -> Iterator[tuple[str, Launch]]:
+    title = f"{cell} {str(dtype).removeprefix('torch.')} H{H} B{B} {kind}"
     for precision in ("ieee", "tf32") if dtype == torch.float32 else ("ieee",):
-        for save in ("all", "none"):
-            inputs = _inputs(cell, dtype, H, B, projected, save, precision)
+        for save in ("all", "none") if kind != "rich" else ("all",):
+            inputs = _inputs(cell, dtype, H, B, kind, save, precision)
             outputs, program = plan_forward(inputs, target)
             for one in program.launches:
                 yield f"{title} {precision} save={save}", one
@@ -79,17 +77,21 @@ def _of_one(
                     yield f"{title} {precision}", one
 
 
-def _inputs(cell: str, dtype: torch.dtype, H: int, B: int, projected: bool, save: str, precision: str) -> ScanInputs:
-    """A plain scan of one direction, as far as plans look at it."""
-    T, G, P = 100, len(CELLS[cell].gates), H // 4 if projected else H
+def _inputs(cell: str, dtype: torch.dtype, H: int, B: int, kind: str, save: str, precision: str) -> ScanInputs:
+    """A scan as far as plans look at it: of one direction, with a projection, or with what a plain one has not (both
+    directions, packed rows, resets to learned states)."""
+    T, G, N, P = 100, len(CELLS[cell].gates), 1 + (kind == "rich"), H // 4 if kind == "projected" else H
     wide = accumulation_dtype(dtype)
 
     def new(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    states = (new(1, B, P), *(new(1, B, H, dtype=wide) for _ in CELLS[cell].states[1:]))
-    names = ("w_hh", "b_hh", *(("w_hr",) if projected else ()))
-    params = (new(G * H, P), new(G * H), *((new(P, H),) if projected else ()))
-    return ScanInputs(
-        ScanSpec(cell, (False,), names, save=save, precision=precision), T, B, new(T * B, 1, G * H), states, (params,)
-    )
+    states = (new(N, B, P), *(new(N, B, H, dtype=wide) for _ in CELLS[cell].states[1:]))
+    names = ("w_hh", "b_hh", *(("w_hr",) if kind == "projected" else ()))
+    params = (new(G * H, P), new(G * H), *((new(P, H),) if kind == "projected" else ()))
+    scan = ScanSpec(cell, (False, True)[:N], names, save=save, precision=precision)
+    inputs = ScanInputs(scan, T, B, new(T * B, N, G * H), states, (params,) * N)
+    if kind == "rich":
+        inputs.offsets, inputs.lengths = new(T, dtype=torch.int64), new(B, dtype=torch.int64)
+        inputs.reset, inputs.reset_states = new(T * B, N, dtype=torch.bool), states
+    return inputs

@@ -68,7 +68,9 @@ class Work:
             "ACC": TYPES[self.acc],
             "PRECISION": precision(spec.precision, self.dtype, target),
         }
-        reset = inputs.reset
+        # Not as bytes: Triton cuts the operands of a product to the width of the narrowest value that went into them,
+        # which for fp64 it then cannot compile.
+        reset = None if inputs.reset is None else inputs.reset.to(torch.int32)
         self.arguments: dict[str, Any] = {
             "T": inputs.T,
             "B": inputs.B,
