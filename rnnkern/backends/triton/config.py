@@ -199,7 +199,7 @@ def _tiled(q: Question) -> Config:
         turns = -(-programs // q.target.processors)
         return turns * (deep * (r + gates * u) * q.dtype.itemsize + _FIXED), -r * u  # alike: fewer programs
 
-    sums = _SUMS[q.dtype.itemsize] if warpgroups else min(_SUMS[q.dtype.itemsize], 3072)
+    sums = _SUMS[q.dtype.itemsize] if warpgroups else min(_SUMS[q.dtype.itemsize], 2048)
     tiles = [(r, u) for r in rows for u in units if r * u * gates <= sums]
     r, u = min(tiles, key=cost)
     depth = min({2: 64, 4: 32, 8: 16}[q.dtype.itemsize], power_of_two(deep))
