@@ -16,12 +16,15 @@ from typing import Any
 
 import torch
 
-DRIVERS = ("batch_parallel", "per_step")
+DRIVERS = ("batch_parallel", "per_step", "persistent")
 PASSES = ("forward", "backward")
 VARIABLE = "RNNKERN_TRITON_CONFIG"
 _SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}  # KiB that one program may have
 _BATCH_PARALLEL_H = {1: 0, 2: 128, 4: 64, 8: 16}  # by bytes of an element: the largest H whose weights fit one program
 
+_LEAST = {"block_b": 4, "block_h": 16, "block_k": 16}  # rows are padded to what an instruction multiplies
+_LARGEST_PERSISTENT = 1024  # rows times units: more spill
+_FEWEST_UNITS = 8  # of a persistent program: with fewer, instructions multiply mostly padding
 _TILES = (16, 32, 64)
 _LARGEST = {"cuda": {2: 64, 4: 32, 8: 16}, "hip": {2: 32, 4: 32, 8: 16}}  # larger ones spill, by bytes of an element
 _FIXED = 32768  # what a turn costs besides its reading, in bytes read: launching, the cell, the writes
@@ -64,7 +67,7 @@ class Config:
     driver: str
     block_b: int  # batch rows of a program
     block_h: int  # units of a program (batch_parallel: all of them)
-    block_k: int  # width of a slice of the product (batch_parallel: all of it)
+    block_k: int  # width of a slice of the product (batch_parallel: all of it; persistent: slices are made at once)
     warps: int
     stages: int
 
@@ -72,7 +75,9 @@ class Config:
         if self.driver not in DRIVERS:
             raise ValueError(f"driver {self.driver!r}: expected one of {', '.join(DRIVERS)}")
         for field in fields(self)[1:]:
-            value, least = getattr(self, field.name), 16 if field.name.startswith("block") else 1
+            value, least = getattr(self, field.name), _LEAST.get(field.name, 1)
+            if self.driver == "persistent" and field.name == "block_h":
+                least = _FEWEST_UNITS
             power = type(value) is int and value > 0 and not value & (value - 1)
             if field.name == "stages":
                 power = type(value) is int
@@ -80,8 +85,10 @@ class Config:
                 kind = "an integer" if field.name == "stages" else "a power of two"
                 raise ValueError(f"{field.name}={value!r}: expected {kind} from {least} to 256")
 
-    def options(self) -> dict[str, int]:
-        return {"num_warps": self.warps, "num_stages": self.stages}
+    def options(self, target: Target) -> dict[str, int]:
+        """Triton's launch options. All registers that there are: else ptxas spills some for more programs at once."""
+        found = {"num_warps": self.warps, "num_stages": self.stages}
+        return found | {"maxnreg": min(255, 2048 // self.warps)} if target.kind == "cuda" else found
 
 
 @dataclass(frozen=True)
@@ -162,17 +169,86 @@ def fits_batch_parallel(question: Question) -> str:
     return ""
 
 
+def parts(width: int) -> tuple[int, ...]:
+    """Up to three powers of two, largest first, that hold a width with little padding."""
+    found: list[int] = []
+    while width > 0:
+        above = power_of_two(width)
+        size = above if len(found) == 2 or above == 16 or 8 * (above - width) <= width else above // 2
+        found.append(size)
+        width -= size
+    return tuple(found)
+
+
+def handed_over(q: Question) -> int:
+    """Width of the rows that persistent programs hand to each other: of h, or of all gate gradients."""
+    return q.H if q.direction == "forward" else q.gates * q.H
+
+
+def fits_persistent(q: Question, config: Config) -> str:
+    """Why the persistent driver cannot do it so, or nothing."""
+    if q.target.kind == "hip":
+        return f"{q.target.name} (persistent programs hand values over by instructions of NVIDIA's)"
+    if q.target.arch < 80:
+        return f"{q.target.name} (persistent is for sm_80 and later)"
+    if q.project:
+        return "a projection (persistent has no second product; per_step does it)"
+    if q.dtype == torch.float64:
+        return "torch.float64 (persistent holds all weights on the chip; per_step does it)"
+    if config.block_h * config.block_b > _LARGEST_PERSISTENT or _on_chip(q, config) > q.target.shared:
+        return f"H={q.H} in tiles of {config.block_b} rows and {config.block_h} units: more than fits one processor"
+    programs = -(-q.H // config.block_h) * -(-q.B // config.block_b) * q.N
+    if programs > q.target.processors:  # programs that wait for each other must all run at once
+        return f"{programs} programs at once on {q.target.processors} processors (persistent)"
+    return ""
+
+
+def suits_persistent(q: Question) -> bool:
+    """Whether an estimate has the persistent driver ahead of the others, and it can do it."""
+    most = (32768 if q.dtype.itemsize == 2 else 16384) // (1 if q.direction == "forward" else 2)
+    return q.B * q.H <= most and bool(fits_batch_parallel(q)) and not fits_persistent(q, _sliced(q))
+
+
+def _on_chip(q: Question, config: Config) -> int:
+    """Bytes of shared memory: the weights, and the largest part of the rows that are multiplied with them."""
+    found = parts(handed_over(q))
+    columns = config.block_h * (q.gates if q.direction == "forward" else 1)
+    return (sum(found) * columns + max(found) * config.block_b) * q.dtype.itemsize
+
+
+def _sliced(q: Question) -> Config:
+    """The tile whose program reads least a step: rows from other processors, and its weights from its own memory."""
+    width = parts(handed_over(q))
+    columns = q.gates if q.direction == "forward" else 1
+
+    def tile(rows: int, units: int) -> Config:
+        return Config("persistent", rows, units, min(256, max(16, width[0] // 8)), 8, 1)
+
+    def cost(found: Config) -> tuple[bool, int, int]:
+        reads = 3 * found.block_b + columns * found.block_h
+        return bool(fits_persistent(q, found)), reads, -found.block_b * found.block_h
+
+    return min((tile(rows, units) for rows in _TILES for units in (_FEWEST_UNITS, *_TILES)), key=cost)
+
+
 def model(q: Question, driver: str | None = None) -> Config:
-    """What sizes alone suggest: all of a small H in one program, else as many programs as there are processors."""
+    """What sizes alone suggest: all of a small H in one program, else as many programs as there are processors.
+
+    Never "persistent", which has not run on a GPU yet: RNNKERN_TRITON_CONFIG asks for it by name. What automatic choice
+    would take is `suits_persistent`.
+    """
     if driver is None:
         driver = "per_step" if fits_batch_parallel(q) else "batch_parallel"
-    return _whole(q) if driver == "batch_parallel" else _tiled(q)
+    return {"batch_parallel": _whole, "per_step": _tiled, "persistent": _sliced}[driver](q)
 
 
 def _whole(q: Question) -> Config:
+    """Few rows: products of 4 rows take as long as those of 16, what is done with them does not."""
     H = power_of_two(q.H)
-    large = H * q.dtype.itemsize >= 128
-    return Config("batch_parallel", 16, H, H, 8 if large else 4, 1)
+    if q.target.kind == "hip":
+        return Config("batch_parallel", 16, H, H, 4, 1)
+    rows = 4 if -(-q.B // 4) * q.N <= q.target.processors else 8
+    return Config("batch_parallel", rows, H, H, 8 if H * q.dtype.itemsize >= 128 else 4, 1)
 
 
 def _tiled(q: Question) -> Config:
@@ -243,6 +319,7 @@ def look_up(table: Table, q: Question) -> Config | None:
     kind = str(q.dtype).removeprefix("torch.")
     key = (q.target.name, q.target.processors, q.cell, kind, q.direction, q.H)
     for most, config in table.get(key, ()):
-        if q.B <= most and (config.driver == "per_step" or not fits_batch_parallel(q)):
+        cannot = {"batch_parallel": fits_batch_parallel(q), "persistent": fits_persistent(q, config)}
+        if q.B <= most and not cannot.get(config.driver):
             return config
     return None

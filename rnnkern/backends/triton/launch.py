@@ -17,6 +17,7 @@ _NAMES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.int64: "*i64",
+    torch.int32: "*i32",
     torch.bool: "*i1",
 }
 

@@ -19,7 +19,7 @@ from rnnkern.backends.triton.places import NAMES, advance, word, write_table
 from rnnkern.cells import CELLS
 
 SIZES = (32, 64, 128, 200, 512, 1024)
-BATCHES = (1, 16, 64, 256)
+BATCHES = (16, 256)
 TARGETS = {
     "sm_80": Target("cuda", 80, 108),
     "sm_90": Target("cuda", 90, 132),
@@ -79,9 +79,7 @@ def _of_one(
                     yield f"{title} {precision}", one
 
 
-def _inputs(
-    cell: str, dtype: torch.dtype, H: int, B: int, projected: bool, save: str, precision: str
-) -> ScanInputs:
+def _inputs(cell: str, dtype: torch.dtype, H: int, B: int, projected: bool, save: str, precision: str) -> ScanInputs:
     """A plain scan of one direction, as far as plans look at it."""
     T, G, P = 100, len(CELLS[cell].gates), H // 4 if projected else H
     wide = accumulation_dtype(dtype)
