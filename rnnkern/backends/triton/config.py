@@ -23,8 +23,8 @@ _SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}  # KiB
 _BATCH_PARALLEL_H = {1: 0, 2: 128, 4: 64, 8: 16}  # by bytes of an element: the largest H whose weights fit one program
 
 _LEAST = {"block_b": 4, "block_h": 16, "block_k": 16}  # rows are padded to what an instruction multiplies
-_LARGEST_PERSISTENT = 1024  # rows times units: more spill
-_FEWEST_UNITS = 8  # of a persistent program: with fewer, instructions multiply mostly padding
+_MOST_REGISTERS = 208  # of a persistent program's thread, by `_registers`; beyond it they spill
+_PERSISTENT = {"block_b": (4, 64), "block_h": (8, 64), "block_k": (16, 4096)}  # least and most
 _TILES = (16, 32, 64)
 _LARGEST = {"cuda": {2: 64, 4: 32, 8: 16}, "hip": {2: 32, 4: 32, 8: 16}}  # larger ones spill, by bytes of an element
 _FIXED = 32768  # what a turn costs besides its reading, in bytes read: launching, the cell, the writes
@@ -67,7 +67,7 @@ class Config:
     driver: str
     block_b: int  # batch rows of a program
     block_h: int  # units of a program (batch_parallel: all of them)
-    block_k: int  # width of a slice of the product (batch_parallel: all of it; persistent: slices are made at once)
+    block_k: int  # width of a slice of the product (batch_parallel: all of it; persistent: what is awaited at once)
     warps: int
     stages: int
 
@@ -75,15 +75,15 @@ class Config:
         if self.driver not in DRIVERS:
             raise ValueError(f"driver {self.driver!r}: expected one of {', '.join(DRIVERS)}")
         for field in fields(self)[1:]:
-            value, least = getattr(self, field.name), _LEAST.get(field.name, 1)
-            if self.driver == "persistent" and field.name == "block_h":
-                least = _FEWEST_UNITS
+            value, least, most = getattr(self, field.name), _LEAST.get(field.name, 1), 256
+            if self.driver == "persistent":
+                least, most = _PERSISTENT.get(field.name, (1, 16))
             power = type(value) is int and value > 0 and not value & (value - 1)
             if field.name == "stages":
                 power = type(value) is int
-            if not power or not least <= value <= 256:
+            if not power or not least <= value <= most:
                 kind = "an integer" if field.name == "stages" else "a power of two"
-                raise ValueError(f"{field.name}={value!r}: expected {kind} from {least} to 256")
+                raise ValueError(f"{field.name}={value!r}: expected {kind} from {least} to {most}")
 
     def options(self, target: Target) -> dict[str, int]:
         """Triton's launch options. All registers that there are: else ptxas spills some for more programs at once."""
@@ -169,12 +169,13 @@ def fits_batch_parallel(question: Question) -> str:
     return ""
 
 
-def parts(width: int) -> tuple[int, ...]:
-    """Up to three powers of two, largest first, that hold a width with little padding."""
+def parts(width: int, most: int) -> tuple[int, ...]:
+    """Powers of two up to `most`, largest first, that hold a width with little padding."""
     found: list[int] = []
     while width > 0:
         above = power_of_two(width)
-        size = above if len(found) == 2 or above == 16 or 8 * (above - width) <= width else above // 2
+        close = above == 16 or 8 * (above - width) <= width
+        size = min(most, above if close else above // 2)
         found.append(size)
         width -= size
     return tuple(found)
@@ -195,7 +196,7 @@ def fits_persistent(q: Question, config: Config) -> str:
         return "a projection (persistent has no second product; per_step does it)"
     if q.dtype == torch.float64:
         return "torch.float64 (persistent holds all weights on the chip; per_step does it)"
-    if config.block_h * config.block_b > _LARGEST_PERSISTENT or _on_chip(q, config) > q.target.shared:
+    if config.warps > 8 or _registers(q, config) > _MOST_REGISTERS:
         return f"H={q.H} in tiles of {config.block_b} rows and {config.block_h} units: more than fits one processor"
     programs = -(-q.H // config.block_h) * -(-q.B // config.block_b) * q.N
     if programs > q.target.processors:  # programs that wait for each other must all run at once
@@ -209,26 +210,31 @@ def suits_persistent(q: Question) -> bool:
     return q.B * q.H <= most and bool(fits_batch_parallel(q)) and not fits_persistent(q, _sliced(q))
 
 
-def _on_chip(q: Question, config: Config) -> int:
-    """Bytes of shared memory: the weights, and the largest part of the rows that are multiplied with them."""
-    found = parts(handed_over(q))
+def _registers(q: Question, config: Config) -> int:
+    """An estimate of a thread's, and of what a program's fixed part of them is."""
     columns = config.block_h * (q.gates if q.direction == "forward" else 1)
-    return (sum(found) * columns + max(found) * config.block_b) * q.dtype.itemsize
+    found = parts(handed_over(q), config.block_k)
+    weights = sum(found) * columns * q.dtype.itemsize
+    awaited = max(found) * config.block_b * q.dtype.itemsize
+    return (weights + 2 * awaited) // (128 * config.warps) + 80
 
 
 def _sliced(q: Question) -> Config:
     """The tile whose program reads least a step: rows from other processors, and its weights from its own memory."""
-    width = parts(handed_over(q))
     columns = q.gates if q.direction == "forward" else 1
+    width = handed_over(q)
 
     def tile(rows: int, units: int) -> Config:
-        return Config("persistent", rows, units, min(256, max(16, width[0] // 8)), 8, 1)
+        warps = 8
+        most = 4096 * warps // (rows * q.dtype.itemsize)
+        return Config("persistent", rows, units, max(16, min(4096, most, power_of_two(width))), warps, 1)
 
     def cost(found: Config) -> tuple[bool, int, int]:
-        reads = 3 * found.block_b + columns * found.block_h
-        return bool(fits_persistent(q, found)), reads, -found.block_b * found.block_h
+        reads = width * q.dtype.itemsize * (3 * found.block_b + columns * found.block_h)
+        waits = len(parts(width, found.block_k)) * 131072
+        return bool(fits_persistent(q, found)), reads + waits, -found.block_b * found.block_h
 
-    return min((tile(rows, units) for rows in _TILES for units in (_FEWEST_UNITS, *_TILES)), key=cost)
+    return min((tile(rows, units) for rows in (4, 8, 16, 32) for units in (8, 16, 32)), key=cost)
 
 
 def model(q: Question, driver: str | None = None) -> Config:

@@ -110,7 +110,7 @@ def _whole(work: Work, kernel: object, config: Config) -> Program:
 
 def _sliced(work: Work, kernel: object, config: Config, width: int, read: tuple[str, ...]) -> Program:
     """`width` and `read` are what programs read of each other: how wide the rows are, and of which tensors."""
-    device, found = work.inputs.gx.device, parts(width)
+    device, found = work.inputs.gx.device, parts(width, config.block_k)
     starts = tuple(sum(found[:k]) for k in range(len(found)))
     constants = work.constants | {
         "CELL": _cell(work, kernel),
@@ -120,7 +120,7 @@ def _sliced(work: Work, kernel: object, config: Config, width: int, read: tuple[
         "RELAXED": work.target.kind == "cuda" and not INTERPRETED,
         "BLOCK_B": config.block_b,
         "BLOCK_H": config.block_h,
-        "BLOCK_K": config.block_k,
+        "SLICES": config.warps,
     }
     arguments = work.arguments | {"lost": LOST.flag(device), "patience": PATIENCE}
     grid = (-(-work.H // config.block_h), -(-work.inputs.B // config.block_b), work.N)

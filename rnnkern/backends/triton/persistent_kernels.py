@@ -4,8 +4,8 @@ A program has BLOCK_H units of BLOCK_B rows of a group for all steps. What it ne
 backward the gate gradients) it reads from memory when it has come (exchange.py); programs of other rows or groups it never
 waits for. All programs of the same rows walk the same steps, so whoever is waited for does come.
 
-Sums over K, which is what rows are wide that are handed over, are made in PARTS of powers of two, of slices BLOCK_K wide
-that run beside each other: so H = 768 costs 512 + 256 columns and not 1024.
+What is handed over is read, and its product made, in PARTS of powers of two, H = 768 as 512 + 256 and not as 1024; and each
+part in SLICES beside each other, one for a warp, whose sums are added up in the end.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from rnnkern.backends.triton.places import lengths_of, locate, walks_back
 
 
 @triton.jit
-def _weights(w, j, START: tl.constexpr, SIZE: tl.constexpr, K: tl.constexpr, H: tl.constexpr, BLOCK_K: tl.constexpr,
+def _weights(w, j, START: tl.constexpr, SIZE: tl.constexpr, K: tl.constexpr, H: tl.constexpr, SLICES: tl.constexpr,
              STEP_K: tl.constexpr, STEP_J: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
     """[slices, width, BLOCK_H] of the part of W from START on."""
-    WIDTH: tl.constexpr = min(SIZE, BLOCK_K)
+    WIDTH: tl.constexpr = max(16, SIZE // SLICES)
     k = START + tl.arange(0, SIZE // WIDTH)[:, None, None] * WIDTH + tl.arange(0, WIDTH)[None, :, None]
     j = j[None, None, :]
     return tl.load(w + k * STEP_K + j * STEP_J, mask=(k < K) & (j < H), other=0.0)
@@ -30,11 +30,11 @@ def _weights(w, j, START: tl.constexpr, SIZE: tl.constexpr, K: tl.constexpr, H: 
 
 @triton.jit
 def _part(  # type: ignore[no-untyped-def]
-    rows, needed, waits, patience, START: tl.constexpr, SIZE: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr,
+    rows, needed, waits, patience, START: tl.constexpr, SIZE: tl.constexpr, K: tl.constexpr, SLICES: tl.constexpr,
     STORAGE: tl.constexpr, WORD: tl.constexpr, RELAXED: tl.constexpr,
 ):  # fmt: skip
     """([slices, BLOCK_B, width] of rows from START on, patience)"""
-    WIDTH: tl.constexpr = min(SIZE, BLOCK_K)
+    WIDTH: tl.constexpr = max(16, SIZE // SLICES)
     EACH: tl.constexpr = WORD.primitive_bitwidth // STORAGE.primitive_bitwidth
     first = (START + tl.arange(0, SIZE // WIDTH) * WIDTH) // EACH
     k = first[:, None, None] + tl.arange(0, WIDTH // EACH)[None, None, :]
@@ -62,7 +62,7 @@ def forward_together(  # type: ignore[no-untyped-def]
     HAS_OFFSETS: tl.constexpr, SAVE_STATES: tl.constexpr, SAVE_PLANES: tl.constexpr,
     STORAGE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, GX_ALIGNED: tl.constexpr,
     STARTS: tl.constexpr, PARTS: tl.constexpr, WORD: tl.constexpr, RELAXED: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(2).to(tl.int64)
     b = tl.program_id(1).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -84,7 +84,7 @@ def forward_together(  # type: ignore[no-untyped-def]
     for p in tl.static_range(len(PARTS)):
         for g in tl.static_range(GATES):
             square = w + (n * GATES + g) * H * H
-            weights = weights + (_weights(square, j, STARTS[p], PARTS[p], H, H, BLOCK_K, 1, H),)
+            weights = weights + (_weights(square, j, STARTS[p], PARTS[p], H, H, SLICES, 1, H),)
     gate_bias = ()
     for g in tl.static_range(GATES):
         start = tl.zeros((BLOCK_B, BLOCK_H), ACC)
@@ -127,7 +127,7 @@ def forward_together(  # type: ignore[no-untyped-def]
         waits = alive & went & (replaced == 0)
         gh = gate_bias
         for p in tl.static_range(len(PARTS)):
-            h, patience = _part(rows, needed, waits, patience, STARTS[p], PARTS[p], H, BLOCK_K, STORAGE, WORD, RELAXED)
+            h, patience = _part(rows, needed, waits, patience, STARTS[p], PARTS[p], H, SLICES, STORAGE, WORD, RELAXED)
             sums = ()
             for g in tl.static_range(GATES):
                 product = tl.dot(h, weights[p * GATES + g], input_precision=PRECISION, out_dtype=ACC)
@@ -174,14 +174,14 @@ def forward_together(  # type: ignore[no-untyped-def]
 @triton.jit
 def _d_states(  # type: ignore[no-untyped-def]
     rows, came, weights, carry, d_restart, was_reset, patience,
-    K: tl.constexpr, STARTS: tl.constexpr, PARTS: tl.constexpr, BLOCK_K: tl.constexpr, HAS_RESET: tl.constexpr,
+    K: tl.constexpr, STARTS: tl.constexpr, PARTS: tl.constexpr, SLICES: tl.constexpr, HAS_RESET: tl.constexpr,
     STORAGE: tl.constexpr, WORD: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, RELAXED: tl.constexpr,
 ):  # fmt: skip
     """(dh as it leaves the step before, what goes to the reset state, patience) from a step's gate gradients and its
     carry."""
     total = carry
     for p in tl.static_range(len(PARTS)):
-        d, patience = _part(rows, came, came, patience, STARTS[p], PARTS[p], K, BLOCK_K, STORAGE, WORD, RELAXED)
+        d, patience = _part(rows, came, came, patience, STARTS[p], PARTS[p], K, SLICES, STORAGE, WORD, RELAXED)
         total += tl.sum(tl.dot(d, weights[p], input_precision=PRECISION, out_dtype=ACC), axis=0)
     total = tl.where(came[:, None], total, carry)  # with NaN in W, the product of nothing is not 0
     if HAS_RESET:
@@ -201,7 +201,7 @@ def backward_together(  # type: ignore[no-untyped-def]
     HAS_RESET: tl.constexpr, HAS_RESTART: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_OFFSETS: tl.constexpr,
     STORAGE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, DY_ALIGNED: tl.constexpr,
     STARTS: tl.constexpr, PARTS: tl.constexpr, WORD: tl.constexpr, RELAXED: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(2).to(tl.int64)
     b = tl.program_id(1).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -222,7 +222,7 @@ def backward_together(  # type: ignore[no-untyped-def]
 
     weights = ()
     for p in tl.static_range(len(PARTS)):
-        weights = weights + (_weights(w + n * K * H, j, STARTS[p], PARTS[p], K, H, BLOCK_K, H, 1),)
+        weights = weights + (_weights(w + n * K * H, j, STARTS[p], PARTS[p], K, H, SLICES, H, 1),)
     zero = tl.zeros((BLOCK_B, BLOCK_H), ACC)
     # They come holding the gradients of the final states.
     carry = _read(dh0, own, j, batch, ACC, H)
@@ -270,7 +270,7 @@ def backward_together(  # type: ignore[no-untyped-def]
 
         total, d_restart_h, patience = _d_states(
             dgh + (after * N + n) * K, came, weights, carry, d_restart_h, was_reset, patience,
-            K, STARTS, PARTS, BLOCK_K, HAS_RESET, STORAGE, WORD, ACC, PRECISION, RELAXED,
+            K, STARTS, PARTS, SLICES, HAS_RESET, STORAGE, WORD, ACC, PRECISION, RELAXED,
         )  # fmt: skip
         dstates = (total + d,)
         if HAS_C:
@@ -298,7 +298,7 @@ def backward_together(  # type: ignore[no-untyped-def]
 
     total, d_restart_h, patience = _d_states(
         dgh + (after * N + n) * K, came, weights, carry, d_restart_h, was_reset, patience,
-        K, STARTS, PARTS, BLOCK_K, HAS_RESET, STORAGE, WORD, ACC, PRECISION, RELAXED,
+        K, STARTS, PARTS, SLICES, HAS_RESET, STORAGE, WORD, ACC, PRECISION, RELAXED,
     )  # fmt: skip
     ends = (own * H)[:, None] + j[None, :]
     tl.store(dh0 + ends, total.to(STORAGE), mask=batch)
