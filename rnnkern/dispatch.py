@@ -220,7 +220,7 @@ def _torch_is_faster(dtype: torch.dtype, cell: str, batch: int, packed: bool) ->
 
 
 def _objections(name: str, inputs: ScanInputs) -> list[str]:
-    """Why automatic choice passes this backend over; importing one that is not meant for the device would cost seconds."""
+    """Why automatic choice passes it over. Triton, whose import takes seconds, is not imported to be refused."""
     kind = inputs.gx.device.type
     if name == "triton" and kind != "cuda":
         return [f"device {kind}: only cuda (its interpreter runs on cpu where it is asked for by name)"]

@@ -317,7 +317,8 @@ def stack(
     proj = per > 2 + 2 * bias
     names = ("w_hh", "b_hh", "w_hr") if bias and proj else ("w_hh", "b_hh") if bias else ("w_hh", "w_hr")[: 1 + proj]
     keep = return_states and len(sizes) > 1
-    options = {"precision": "tf32"} if x.is_cuda and x.dtype == torch.float32 and dispatch.allows_tf32() else {}
+    tf32 = x.is_cuda and x.dtype == torch.float32 and dispatch.allows_tf32()
+    options: dict[str, Any] = {"precision": "tf32"} if tf32 else {}
     finals, states = [], []
     for k in range(num_layers):
         groups = []

@@ -47,7 +47,7 @@ def test_names() -> None:
         assert dispatch.unavailable(name) == reason
         if name != "torch" and reason is None:
             assert dispatch.backend(name).name == name
-    with pytest.raises(ValueError, match="unknown scan backend 'nobody': expected one of triton, cpp, numba, reference"):
+    with pytest.raises(ValueError, match="unknown scan backend 'nobody': expected one of triton, cpp, numba, ref"):
         dispatch.backend("nobody")
     with pytest.raises(ValueError, match="torch's kernels run whole calls"):
         dispatch.backend("torch")

@@ -1,7 +1,7 @@
 """bf16 in Triton's interpreter, which keeps it as bit patterns: products of it made in fp32, and fp32 rounded to it.
 
-Without this the interpreter multiplies the patterns as integers and cuts the lower half of fp32 off. What a GPU does, and
-what this does, is exact products summed in fp32, and rounding to the nearest, ties to even.
+Without this the interpreter multiplies the patterns as integers and cuts the lower half of fp32 off. What a GPU does,
+and what this does, is exact products summed in fp32, and rounding to the nearest, ties to even.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Kernels whose programs wait for each other, in Triton's interpreter, which runs one program after the other.
 
-Here the programs of a cooperative launch are threads of which one runs at a time, and at each volatile load, which is what
-a wait is made of, another may have its turn. The schedule is drawn from a seed and unfair on purpose: programs in lockstep
-would find everything in its place even if nobody waited. What this cannot show is how a GPU orders memory accesses.
+Here the programs of a cooperative launch are threads of which one runs at a time, and at each volatile load, which is
+what a wait is made of, another may have its turn. The schedule is drawn from a seed and unfair on purpose: programs in
+lockstep would find everything in its place even if nobody waited. What this cannot show is how a GPU orders memory
+accesses.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ class Turns:
 
 @contextlib.contextmanager
 def together(
-    seed: int = 0, stay: float = 0.6, most: int = 100_000, leave: dict[int, int] | None = None
+    seed: int = 0, stay: float = 0.3, most: int = 100_000, leave: dict[int, int] | None = None
 ) -> Iterator[None]:
     """Cooperative launches run so inside of this; all others as ever.
 

@@ -6,6 +6,7 @@ RNNKERN_TRITON_CONFIG replaces single decisions, for experiments: "driver=per_st
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Iterable
@@ -23,10 +24,14 @@ _SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}  # KiB
 _BATCH_PARALLEL_H = {1: 0, 2: 128, 4: 64, 8: 16}  # by bytes of an element: the largest H whose weights fit one program
 
 _LEAST = {"block_b": 4, "block_h": 16, "block_k": 16}  # rows are padded to what an instruction multiplies
-_MOST_REGISTERS = 208  # of a persistent program's thread, by `_registers`; beyond it they spill
+_MOST_REGISTERS = {
+    False: 192,
+    True: 124,
+}  # of a persistent program's thread, by `_registers` and `exact`; beyond: spills
 _PERSISTENT = {"block_b": (4, 64), "block_h": (8, 64), "block_k": (16, 4096)}  # least and most
 _TILES = (16, 32, 64)
-_LARGEST = {"cuda": {2: 64, 4: 32, 8: 16}, "hip": {2: 32, 4: 32, 8: 16}}  # larger ones spill, by bytes of an element
+_LARGEST = {2: 32, 4: 32, 8: 16}  # edge of a tile, by bytes of an element; larger ones spill
+_SUMS = {2: 16384, 4: 2048, 8: 1024}  # sums of a program, likewise
 _FIXED = 32768  # what a turn costs besides its reading, in bytes read: launching, the cell, the writes
 
 
@@ -105,6 +110,7 @@ class Question:
     N: int
     project: bool
     target: Target
+    exact: bool = False  # fp32 in three products of TF32
 
 
 def precision(asked: str, dtype: torch.dtype, target: Target) -> str:
@@ -116,14 +122,14 @@ def precision(asked: str, dtype: torch.dtype, target: Target) -> str:
     return "tf32" if asked == "tf32" else "tf32x3"
 
 
-def choose(question: Question) -> Config:
-    """The environment's word where there is one, else the table's, else the model's.
+def choose(question: Question, driver: str | None = None) -> Config:
+    """The environment's word where there is one, else the caller's, else the table's, else the model's.
 
     Raises:
         ValueError: RNNKERN_TRITON_CONFIG is not understood.
     """
     asked = parse(os.environ.get(VARIABLE, ""))
-    driver = asked.get("driver")
+    driver = asked.get("driver", driver)
     found = look_up(shipped_table(), question)
     if found is None or (driver is not None and driver != found.driver):
         found = model(question, driver)
@@ -196,7 +202,7 @@ def fits_persistent(q: Question, config: Config) -> str:
         return "a projection (persistent has no second product; per_step does it)"
     if q.dtype == torch.float64:
         return "torch.float64 (persistent holds all weights on the chip; per_step does it)"
-    if config.warps > 8 or _registers(q, config) > _MOST_REGISTERS:
+    if config.warps > 8 or _registers(q, config) > _MOST_REGISTERS[q.exact]:
         return f"H={q.H} in tiles of {config.block_b} rows and {config.block_h} units: more than fits one processor"
     programs = -(-q.H // config.block_h) * -(-q.B // config.block_b) * q.N
     if programs > q.target.processors:  # programs that wait for each other must all run at once
@@ -211,12 +217,12 @@ def suits_persistent(q: Question) -> bool:
 
 
 def _registers(q: Question, config: Config) -> int:
-    """An estimate of a thread's, and of what a program's fixed part of them is."""
+    """An estimate of a thread's: its part of the weights, and of what is awaited, as it came and as it is multiplied."""
     columns = config.block_h * (q.gates if q.direction == "forward" else 1)
     found = parts(handed_over(q), config.block_k)
     weights = sum(found) * columns * q.dtype.itemsize
     awaited = max(found) * config.block_b * q.dtype.itemsize
-    return (weights + 2 * awaited) // (128 * config.warps) + 80
+    return (weights + 2 * awaited) // (128 * config.warps) + 72 + 8 * len(set(found))
 
 
 def _sliced(q: Question) -> Config:
@@ -224,17 +230,18 @@ def _sliced(q: Question) -> Config:
     columns = q.gates if q.direction == "forward" else 1
     width = handed_over(q)
 
-    def tile(rows: int, units: int) -> Config:
-        warps = 8
-        most = 4096 * warps // (rows * q.dtype.itemsize)
-        return Config("persistent", rows, units, max(16, min(4096, most, power_of_two(width))), warps, 1)
+    def tile(rows: int, units: int, most: int) -> Config:
+        """`most` bytes are awaited at once."""
+        columns = most // (rows * q.dtype.itemsize)
+        return Config("persistent", rows, units, max(16, min(4096, columns, power_of_two(width))), 8, 1)
 
     def cost(found: Config) -> tuple[bool, int, int]:
         reads = width * q.dtype.itemsize * (3 * found.block_b + columns * found.block_h)
         waits = len(parts(width, found.block_k)) * 131072
         return bool(fits_persistent(q, found)), reads + waits, -found.block_b * found.block_h
 
-    return min((tile(rows, units) for rows in (4, 8, 16, 32) for units in (8, 16, 32)), key=cost)
+    tiles = itertools.product((4, 8, 16, 32), (8, 16, 32), (32768, 16384, 8192))
+    return min((tile(*given) for given in tiles), key=cost)
 
 
 def model(q: Question, driver: str | None = None) -> Config:
@@ -261,7 +268,8 @@ def _tiled(q: Question) -> Config:
     """The tile whose program reads least of the weights and of h, over all programs that a processor runs in turn."""
     width, deep = (q.P, q.gates * q.H) if q.direction == "backward" else (q.H, q.P)
     gates = q.gates if q.direction == "forward" else 1
-    most = _LARGEST[q.target.kind][q.dtype.itemsize]
+    warpgroups = q.target.kind == "cuda" and q.target.arch >= 90  # their sums and operands need fewer registers
+    most = 64 if warpgroups and q.dtype.itemsize == 2 else _LARGEST[q.dtype.itemsize]
     rows = [r for r in _TILES if r <= min(most, power_of_two(q.B))]
     units = [u for u in _TILES if u <= min(most, power_of_two(width))]
 
@@ -271,10 +279,11 @@ def _tiled(q: Question) -> Config:
         turns = -(-programs // q.target.processors)
         return turns * (deep * (r + gates * u) * q.dtype.itemsize + _FIXED), -r * u  # alike: fewer programs
 
-    r, u = min(((r, u) for r in rows for u in units), key=cost)
+    tiles = [(r, u) for r in rows for u in units if r * u * gates <= _SUMS[q.dtype.itemsize]]
+    r, u = min(tiles, key=cost)
     depth = min({2: 64, 4: 32, 8: 16}[q.dtype.itemsize], power_of_two(deep))
     stages = 3 if q.target.kind == "cuda" else 1
-    return Config("per_step", r, u, depth, 8 if r * u * gates > 4096 else 4, stages)
+    return Config("per_step", r, u, depth, 8 if r * u * gates * q.dtype.itemsize > 8192 else 4, stages)
 
 
 def power_of_two(size: int) -> int:

@@ -12,24 +12,23 @@ from rnnkern.backends.base import ScanGrads, ScanInputs, ScanOutputs
 from rnnkern.backends.triton import batch_parallel_kernels as whole
 from rnnkern.backends.triton import per_step_kernels as single
 from rnnkern.backends.triton import persistent_kernels as sliced
-from rnnkern.backends.triton.config import Config, Question, Target, choose, handed_over, parts
+from rnnkern.backends.triton.config import Config, Question, Target, choose, handed_over, parts, precision
 from rnnkern.backends.triton.interpreter import INTERPRETED
 from rnnkern.backends.triton.launch import Launch, launch
 from rnnkern.backends.triton.lost import LOST
-from rnnkern.backends.triton.places import NAMES
+from rnnkern.backends.triton.slots import NAMES
 from rnnkern.backends.triton.work import Work
 from rnnkern.cells import CELLS
 
 # May begin anywhere and have any strides: promised apart.
 _STRIDED = {"gx": "GX_ALIGNED", "dy": "DY_ALIGNED"}
 
-PATIENCE = (
-    1 << 22
-)  # reads in vain before a partner counts as lost: seconds, where one read is a trip to the second-level cache
+# Reads in vain before a partner counts as lost: seconds, at a trip to the second-level cache each.
+PATIENCE = 1 << 22
 
 
 class Program(NamedTuple):
-    """What a scan launches: all of `launches` once, or, where there are `words` for a table, for every one of `steps`."""
+    """What a scan launches: all of `launches` once, or, with `words` for a table, for every one of `steps`."""
 
     launches: tuple[Launch, ...]
     steps: int = 1
@@ -41,16 +40,18 @@ def question(inputs: ScanInputs, direction: str, target: Target) -> Question:
     spec, gates = inputs.spec, len(CELLS[inputs.spec.cell].gates)
     N, width = inputs.gx.shape[1:]
     H, P = width // gates, inputs.states[0].shape[2]
-    return Question(spec.cell, gates, inputs.gx.dtype, direction, inputs.B, H, P, N, "w_hr" in spec.params, target)
+    dtype, project = inputs.gx.dtype, "w_hr" in spec.params
+    exact = precision(spec.precision, dtype, target) == "tf32x3"
+    return Question(spec.cell, gates, dtype, direction, inputs.B, H, P, N, project, target, exact)
 
 
-def plan_forward(inputs: ScanInputs, target: Target) -> tuple[ScanOutputs, Program]:
+def plan_forward(inputs: ScanInputs, target: Target, driver: str | None = None) -> tuple[ScanOutputs, Program]:
     work = Work(inputs, target)
     out = work.outputs()
     if work.nothing:
         return out, Program(())
     asked = question(inputs, "forward", target)
-    config = choose(asked)
+    config = choose(asked, driver)
     if config.driver == "batch_parallel":
         return out, _whole(work, whole.forward_scan, config)
     if config.driver == "persistent":
@@ -73,13 +74,14 @@ def plan_backward(
     dfinal: tuple[Tensor, ...],
     dseq: tuple[Tensor, ...],
     target: Target,
+    driver: str | None = None,
 ) -> tuple[ScanGrads, Program]:
     work = Work(inputs, target)
     grads = work.gradients(outputs, dy, dfinal, dseq)
     if work.nothing:
         return grads, Program(())
     asked = question(inputs, "backward", target)
-    config = choose(asked)
+    config = choose(asked, driver)
     if config.driver == "batch_parallel":
         return grads, _whole(work, whole.backward_scan, config)
     if config.driver == "persistent":
@@ -126,16 +128,15 @@ def _sliced(work: Work, kernel: object, config: Config, width: int, read: tuple[
     grid = (-(-work.H // config.block_h), -(-work.inputs.B // config.block_b), work.N)
     options = config.options(work.target) | {
         "launch_cooperative_grid": True
-    }  # an error, if they do not all run at once
+    }  # refused where they cannot all run at once
     return Program((launch(kernel, grid, options, constants, arguments),), waits=True)
 
 
 def _word(row: int, tensors: list[Tensor | None]) -> tl.dtype:
     """The widest integer that rows of `row` bytes are whole numbers of, wherever these tensors begin."""
     ends = [row, *(t.data_ptr() for t in tensors if t is not None)]
-    return next(
-        w for w in (tl.int64, tl.int32, tl.int16) if all(end % (w.primitive_bitwidth // 8) == 0 for end in ends)
-    )
+    fitting = (w for w in (tl.int64, tl.int32) if not any(end % (w.primitive_bitwidth // 8) for end in ends))
+    return next(fitting, tl.int16)
 
 
 def _single(work: Work, kernel: object, config: Config, width: int) -> Launch:

@@ -1,13 +1,15 @@
 """Values that are their own flags: how programs of one launch hand rows to each other through memory.
 
-Memory that is to be handed over holds SENTINEL, a NaN, in every element before the launch. A consumer reads what it needs
-again and again until no sentinel is left, so there is no counter, no fence and no order of stores to rely on. A producer
-replaces a NaN of just that pattern by another, for else the consumer would wait for ever.
+Memory that is to be handed over holds SENTINEL, a NaN, in every element before the launch. A consumer reads what it
+needs again and again until no sentinel is left, so there is no counter, no fence and no order of stores to rely on. A
+producer replaces a NaN of just that pattern by another, for else its consumers would wait for ever.
 
 Reads and writes are relaxed and at the GPU's scope: never served by a stale first-level cache, never elided, whole for
 every element. In PTX that is inline assembly; elsewhere (HIP, Triton's interpreter) volatile loads and plain stores.
 Rows are read by words of up to eight bytes, for assembly takes one element at a time.
 """
+
+# mypy: disable-error-code="assignment, misc"
 
 from __future__ import annotations
 
@@ -83,8 +85,8 @@ def _together(words, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
 def collect(words, mask, waits, patience, TYPE: tl.constexpr, RELAXED: tl.constexpr):  # type: ignore[no-untyped-def]
     """([C, B, W * elements of a word] values, patience): waits for elements where `waits`, 0 where not `mask`.
 
-    After `patience` reads in vain it gives up, for this time and all others: the patience that comes back is 0, and what
-    did not come is NaN.
+    After `patience` reads in vain it gives up, for this time and all others: the patience that comes back is 0, and
+    what did not come is NaN.
     """
     found = _read(words, mask, RELAXED)
     left = patience

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rnnkern.backends.triton.launch import Launch
-from rnnkern.backends.triton.places import NAMES, advance, word, write_table
+from rnnkern.backends.triton.slots import NAMES, advance, word, write_table
 
 RUNS = (64, 8)  # steps of one graph, longest first
 CAPACITY = 64  # plans that are kept
@@ -158,9 +158,7 @@ def new_table(device: torch.device) -> Tensor:
 
 
 def write(table: Tensor, words: dict[str, Tensor | int]) -> None:
-    """Sizes and addresses; what is not there gets an address that exists, for 0 is none that Triton would compile alike."""
-    values = []
-    for name in NAMES:
-        value = words.get(name, 0 if name == "step" else table)
-        values.append(word(value.data_ptr() if isinstance(value, Tensor) else value))
-    write_table[(1,)](table, tuple(values), len(NAMES))
+    """Sizes and addresses, 0 for what is not there."""
+    values = (words.get(name, 0) for name in NAMES)
+    found = tuple(word(value.data_ptr() if isinstance(value, Tensor) else value) for value in values)
+    write_table[(1,)](table, found, len(NAMES))

@@ -43,8 +43,10 @@ class Lost:
     def flag(self, device: torch.device) -> Tensor:
         """What a kernel on that device sets to 1."""
         if device not in self.flags and _recording(device):
-            raise RuntimeError("the first scan by RNNKERN_TRITON_CONFIG's driver=persistent on a device cannot be recorded"
-                               " in a CUDA graph: run the model once before")  # fmt: skip
+            raise RuntimeError(
+                "the first scan with driver=persistent on a device cannot be recorded in a CUDA graph: run the model"
+                " once before"
+            )
         with self.lock:
             if device not in self.flags:
                 self.flags[device] = Flag(device)
@@ -64,8 +66,7 @@ class Lost:
             flag.clear()
         raise RuntimeError(
             f"an earlier scan on {device} gave up waiting for programs of its own launch, and its results are NaN: the"
-            " device did not run all of them at once. Without driver=persistent in RNNKERN_TRITON_CONFIG no program waits"
-            " for another"
+            " device did not run all of them at once. Without driver=persistent in RNNKERN_TRITON_CONFIG none waits"
         )
 
     def watch(self, device: torch.device) -> None:

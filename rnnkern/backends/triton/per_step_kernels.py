@@ -1,45 +1,46 @@
 """One step of a scan as one launch: a program has some rows, a tile of units and a group.
 
 What a step leaves for the next lies in memory: h in y (or, where the row starts, in the states), c in the final states,
-which the program that owns a tile updates in place. That costs one more write of c than reading it back from `seq` would
-where seq is kept, and there is one way of finding c and not four.
+which the program that owns a tile updates in place. That costs one more write of c than reading it back from `seq`
+would where seq is kept, and there is one way of finding c and not four.
 
-Between reading and writing what is updated in place lies a barrier: where a tile has fewer elements than the program has
-threads, several threads read one element and one of them writes it.
+Between reading and writing what is updated in place lies a barrier: where a tile has fewer elements than the program
+has threads, several threads read one element and one of them writes it.
 
 Nothing about a call is an argument but the table's address and a step number, so that one recorded CUDA graph serves
 every T, every tensor and every B of the same number of tiles (graphs.py).
 """
+
+# mypy: disable-error-code="assignment, misc"
+# (tuples grow here, and change their type)
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from rnnkern.backends.triton.places import (
-    BATCH, BIAS, C0, C_CARRY, CARRY, DC0, DGH, DGX, DH, DH0, DRESTART_C, DRESTART_H, DSEQ, DY, DY_GROUP, DY_ROW, GX,
-    GX_GROUP, GX_ROW, H0, H_LAST, HIDDEN, LENGTHS, OFFSETS, PLANES, RESET, RESET_GROUP, RESET_ROW, RESTART_C, RESTART_H,
-    SEQ, STEP, STEPS, W, W_HR, Y, lengths_of, locate, pointer, stride, walks_back,
-)  # fmt: skip
+from rnnkern.backends.triton import slots
+from rnnkern.backends.triton.places import lengths_of, locate, walks_back
+from rnnkern.backends.triton.slots import pointer, stride
 
 
 @triton.jit
 def _start(table, i, BLOCK_B: tl.constexpr, PERIOD: tl.constexpr, REVERSE: tl.constexpr, HAS_LENGTHS: tl.constexpr):  # type: ignore[no-untyped-def]
     """This program's step of the walk, group and rows: (s, T, B, n, back, b, length)."""
-    T = tl.load(table + STEPS)
-    B = tl.load(table + BATCH)
+    T = tl.load(table + slots.STEPS)
+    B = tl.load(table + slots.BATCH)
     n = tl.program_id(2).to(tl.int64)
     b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    length = lengths_of(b, B, T, pointer(table, LENGTHS, tl.int64, False), HAS_LENGTHS)
-    return tl.load(table + STEP) + i, T, B, n, walks_back(n, PERIOD, REVERSE), b, length
+    length = lengths_of(b, B, T, pointer(table, slots.LENGTHS, tl.int64, False), HAS_LENGTHS)
+    return tl.load(table + slots.STEP) + i, T, B, n, walks_back(n, PERIOD, REVERSE), b, length
 
 
 @triton.jit
 def _resets(table, row, n, alive, HAS_RESET: tl.constexpr):  # type: ignore[no-untyped-def]
     """[BLOCK_B] which rows' entering states are replaced."""
     if HAS_RESET:
-        at = row * tl.load(table + RESET_ROW) + n * tl.load(table + RESET_GROUP)
-        return tl.load(pointer(table, RESET, tl.int8, False) + at, mask=alive, other=0) != 0
+        at = row * tl.load(table + slots.RESET_ROW) + n * tl.load(table + slots.RESET_GROUP)
+        return tl.load(pointer(table, slots.RESET, tl.int8, False) + at, mask=alive, other=0) != 0
     else:
         return row < 0
 
@@ -80,7 +81,7 @@ def forward_step(  # type: ignore[no-untyped-def]
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     s, T, B, n, back, b, length = _start(table, i, BLOCK_B, PERIOD, REVERSE, HAS_LENGTHS)
-    offsets = pointer(table, OFFSETS, tl.int64, False)
+    offsets = pointer(table, slots.OFFSETS, tl.int64, False)
     row, alive = locate(s, back, b, length, B, T, offsets, HAS_OFFSETS)
     if HAS_LENGTHS:
         if tl.max(alive.to(tl.int32)) == 0:
@@ -89,14 +90,14 @@ def forward_step(  # type: ignore[no-untyped-def]
     j = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     mask = alive[:, None] & (j < H)[None, :]
 
-    at = row * stride(table, GX_ROW, GX_ALIGNED) + n * stride(table, GX_GROUP, GX_ALIGNED)
-    at = pointer(table, GX, STORAGE, GX_ALIGNED) + at[:, None] + j[None, :]
+    at = row * stride(table, slots.GX_ROW, GX_ALIGNED) + n * stride(table, slots.GX_GROUP, GX_ALIGNED)
+    at = pointer(table, slots.GX, STORAGE, GX_ALIGNED) + at[:, None] + j[None, :]
     gx = ()
     gh = ()
     for g in tl.static_range(GATES):
         gx = gx + (tl.load(at + g * H, mask=mask, other=0.0).to(ACC),)
         if HAS_BIAS:
-            bias = pointer(table, BIAS, STORAGE, ALIGNED) + (n * GATES + g) * H + j
+            bias = pointer(table, slots.BIAS, STORAGE, ALIGNED) + (n * GATES + g) * H + j
             bias = tl.load(bias, mask=j < H, other=0.0).to(ACC)
             gh = gh + (tl.zeros((BLOCK_B, BLOCK_H), ACC) + bias[None, :],)
         else:
@@ -104,9 +105,9 @@ def forward_step(  # type: ignore[no-untyped-def]
 
     source, read = _entering(
         table, row, alive, before, went, n, b, B,
-        P, N, H0, RESTART_H, Y, STORAGE, HAS_RESET, HAS_RESTART, ALIGNED,
+        P, N, slots.H0, slots.RESTART_H, slots.Y, STORAGE, HAS_RESET, HAS_RESTART, ALIGNED,
     )  # fmt: skip
-    weights = pointer(table, W, STORAGE, ALIGNED) + n * (GATES * H * P)
+    weights = pointer(table, slots.W, STORAGE, ALIGNED) + n * (GATES * H * P)
     for k in range(0, P, BLOCK_K):
         kk = k + tl.arange(0, BLOCK_K)
         h = tl.load(source[:, None] + kk[None, :], mask=read[:, None] & (kk < P)[None, :], other=0.0)
@@ -124,12 +125,12 @@ def forward_step(  # type: ignore[no-untyped-def]
         states = (tl.load(at, mask=read[:, None] & (j < H)[None, :], other=0.0).to(ACC),)
     if HAS_C:
         own = ((n * B + b) * H)[:, None] + j[None, :]
-        carry = pointer(table, C_CARRY, ACC, ALIGNED) + own
+        carry = pointer(table, slots.C_CARRY, ACC, ALIGNED) + own
         c = tl.load(carry, mask=mask, other=0.0)
         if HAS_RESET:
             restart = tl.zeros((BLOCK_B, BLOCK_H), ACC)
             if HAS_RESTART:
-                restart = tl.load(pointer(table, RESTART_C, ACC, ALIGNED) + own, mask=mask, other=0.0)
+                restart = tl.load(pointer(table, slots.RESTART_C, ACC, ALIGNED) + own, mask=mask, other=0.0)
             c = tl.where(_resets(table, row, n, alive, HAS_RESET)[:, None], restart, c)
         states = states + (c,)
 
@@ -140,19 +141,19 @@ def forward_step(  # type: ignore[no-untyped-def]
     if PROJECT:
         # Only this step's projection reads it where it is not saved: there it has the place of its batch row.
         place = own if SAVE_STATES else (n * B + b)[:, None]
-        tl.store(pointer(table, HIDDEN, STORAGE, ALIGNED) + place * H + j[None, :], h, mask=mask)
+        tl.store(pointer(table, slots.HIDDEN, STORAGE, ALIGNED) + place * H + j[None, :], h, mask=mask)
     else:
-        tl.store(pointer(table, Y, STORAGE, ALIGNED) + own * H + j[None, :], h, mask=mask)
+        tl.store(pointer(table, slots.Y, STORAGE, ALIGNED) + own * H + j[None, :], h, mask=mask)
         _, more = locate(s + 1, back, b, length, B, T, offsets, HAS_OFFSETS)
-        last = pointer(table, H_LAST, STORAGE, ALIGNED) + ((n * B + b) * H)[:, None] + j[None, :]
+        last = pointer(table, slots.H_LAST, STORAGE, ALIGNED) + ((n * B + b) * H)[:, None] + j[None, :]
         tl.store(last, h, mask=mask & (more == 0)[:, None])
     if HAS_C:
         tl.debug_barrier()
         tl.store(carry, states[1], mask=mask)
         if SAVE_STATES:
-            tl.store(pointer(table, SEQ, ACC, ALIGNED) + own * H + j[None, :], states[1], mask=mask)
+            tl.store(pointer(table, slots.SEQ, ACC, ALIGNED) + own * H + j[None, :], states[1], mask=mask)
     if SAVE_PLANES:
-        at = pointer(table, PLANES, STORAGE, ALIGNED) + own * (SAVED * H) + j[None, :]
+        at = pointer(table, slots.PLANES, STORAGE, ALIGNED) + own * (SAVED * H) + j[None, :]
         for q in tl.static_range(SAVED):
             tl.store(at + q * H, planes[q].to(STORAGE), mask=mask)
 
@@ -167,7 +168,7 @@ def project_step(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """What follows `forward_step` with a projection: y = hidden W_hr^T."""
     s, T, B, n, back, b, length = _start(table, i, BLOCK_B, PERIOD, REVERSE, HAS_LENGTHS)
-    offsets = pointer(table, OFFSETS, tl.int64, False)
+    offsets = pointer(table, slots.OFFSETS, tl.int64, False)
     row, alive = locate(s, back, b, length, B, T, offsets, HAS_OFFSETS)
     if HAS_LENGTHS:
         if tl.max(alive.to(tl.int32)) == 0:
@@ -175,8 +176,8 @@ def project_step(  # type: ignore[no-untyped-def]
     p = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     mask = alive[:, None] & (p < P)[None, :]
     place = row * N + n if SAVE_STATES else n * B + b
-    source = pointer(table, HIDDEN, STORAGE, ALIGNED) + place * H
-    weights = pointer(table, W_HR, STORAGE, ALIGNED) + n * (P * H)
+    source = pointer(table, slots.HIDDEN, STORAGE, ALIGNED) + place * H
+    weights = pointer(table, slots.W_HR, STORAGE, ALIGNED) + n * (P * H)
     total = tl.zeros((BLOCK_B, BLOCK_H), ACC)
     for k in range(0, H, BLOCK_K):
         kk = k + tl.arange(0, BLOCK_K)
@@ -185,9 +186,9 @@ def project_step(  # type: ignore[no-untyped-def]
         w = tl.load(at, mask=(kk < H)[:, None] & (p < P)[None, :], other=0.0)
         total = tl.dot(m, w, total, input_precision=PRECISION, out_dtype=ACC)
     h = total.to(STORAGE)
-    tl.store(pointer(table, Y, STORAGE, ALIGNED) + ((row * N + n) * P)[:, None] + p[None, :], h, mask=mask)
+    tl.store(pointer(table, slots.Y, STORAGE, ALIGNED) + ((row * N + n) * P)[:, None] + p[None, :], h, mask=mask)
     _, more = locate(s + 1, back, b, length, B, T, offsets, HAS_OFFSETS)
-    last = pointer(table, H_LAST, STORAGE, ALIGNED) + ((n * B + b) * P)[:, None] + p[None, :]
+    last = pointer(table, slots.H_LAST, STORAGE, ALIGNED) + ((n * B + b) * P)[:, None] + p[None, :]
     tl.store(last, h, mask=mask & (more == 0)[:, None])
 
 
@@ -205,8 +206,8 @@ def _d_recurrent(  # type: ignore[no-untyped-def]
     that later step was a reset, its share goes to the reset state; where this step is not there, to the initial state.
     """
     inside = (p < P)[None, :]
-    weights = pointer(table, W, STORAGE, ALIGNED) + n * (GATES * H * P)
-    source = pointer(table, DGH, STORAGE, ALIGNED) + (after * N + n) * (GATES * H)
+    weights = pointer(table, slots.W, STORAGE, ALIGNED) + n * (GATES * H * P)
+    source = pointer(table, slots.DGH, STORAGE, ALIGNED) + (after * N + n) * (GATES * H)
     total = tl.zeros((BLOCK_B, BLOCK_H), ACC)
     for k in range(0, GATES * H, BLOCK_K):
         kk = k + tl.arange(0, BLOCK_K)
@@ -215,21 +216,21 @@ def _d_recurrent(  # type: ignore[no-untyped-def]
         total = tl.dot(d, w, total, input_precision=PRECISION, out_dtype=ACC)
     own = ((n * B + b) * P)[:, None] + p[None, :]
     if MIXES_H:
-        total += tl.load(pointer(table, CARRY, ACC, ALIGNED) + own, mask=came[:, None] & inside, other=0.0)
+        total += tl.load(pointer(table, slots.CARRY, ACC, ALIGNED) + own, mask=came[:, None] & inside, other=0.0)
     if HAS_RESET:
         reset = _resets(table, after, n, came, HAS_RESET)
         if HAS_RESTART:
-            at = pointer(table, DRESTART_H, ACC, ALIGNED) + own
+            at = pointer(table, slots.DRESTART_H, ACC, ALIGNED) + own
             through = (came & reset)[:, None] & inside
             sum_through = tl.load(at, mask=through, other=0.0) + total
             tl.debug_barrier()
             tl.store(at, sum_through, mask=through)
         total = tl.where(reset[:, None], 0.0, total)
-    ends = pointer(table, DH0, STORAGE, ALIGNED) + own
+    ends = pointer(table, slots.DH0, STORAGE, ALIGNED) + own
     tl.store(ends, total.to(STORAGE), mask=(came & (alive == 0))[:, None] & inside)
     end = tl.load(ends, mask=(alive & (came == 0))[:, None] & inside, other=0.0).to(ACC)
-    at = row * stride(table, DY_ROW, DY_ALIGNED) + n * stride(table, DY_GROUP, DY_ALIGNED)
-    at = pointer(table, DY, STORAGE, DY_ALIGNED) + at[:, None] + p[None, :]
+    at = row * stride(table, slots.DY_ROW, DY_ALIGNED) + n * stride(table, slots.DY_GROUP, DY_ALIGNED)
+    at = pointer(table, slots.DY, STORAGE, DY_ALIGNED) + at[:, None] + p[None, :]
     dy = tl.load(at, mask=alive[:, None] & inside, other=0.0).to(ACC)
     return tl.where(came[:, None], total, end) + dy  # came: with NaN in W, the product of nothing is not 0
 
@@ -244,7 +245,7 @@ def _d_cell(  # type: ignore[no-untyped-def]
     """From the gradient of the step's own h to those of its gates, and to what it leaves to the step before it."""
     mask = alive[:, None] & (j < H)[None, :]
     own = (row * N + n)[:, None]
-    at = pointer(table, PLANES, STORAGE, ALIGNED) + own * (SAVED * H) + j[None, :]
+    at = pointer(table, slots.PLANES, STORAGE, ALIGNED) + own * (SAVED * H) + j[None, :]
     planes = ()
     for q in tl.static_range(SAVED):
         planes = planes + (tl.load(at + q * H, mask=mask, other=0.0).to(ACC),)
@@ -252,7 +253,7 @@ def _d_cell(  # type: ignore[no-untyped-def]
     if MIXES_H:
         source, read = _entering(
             table, row, alive, before, went, n, b, B,
-            H, N, H0, RESTART_H, Y, STORAGE, HAS_RESET, HAS_RESTART, ALIGNED,
+            H, N, slots.H0, slots.RESTART_H, slots.Y, STORAGE, HAS_RESET, HAS_RESTART, ALIGNED,
         )  # fmt: skip
         h = tl.load(source[:, None] + j[None, :], mask=read[:, None] & (j < H)[None, :], other=0.0)
         states = (h.to(ACC),)
@@ -261,31 +262,31 @@ def _d_cell(  # type: ignore[no-untyped-def]
     if HAS_C:
         source, read = _entering(
             table, row, alive, before, went, n, b, B,
-            H, N, C0, RESTART_C, SEQ, ACC, HAS_RESET, HAS_RESTART, ALIGNED,
+            H, N, slots.C0, slots.RESTART_C, slots.SEQ, ACC, HAS_RESET, HAS_RESTART, ALIGNED,
         )  # fmt: skip
         c = tl.load(source[:, None] + j[None, :], mask=read[:, None] & (j < H)[None, :], other=0.0)
         states = states + (c,)
-        carry = pointer(table, DC0, ACC, ALIGNED) + place
+        carry = pointer(table, slots.DC0, ACC, ALIGNED) + place
         dc = tl.load(carry, mask=mask, other=0.0)
         if HAS_DSEQ:
-            dc += tl.load(pointer(table, DSEQ, ACC, ALIGNED) + own * H + j[None, :], mask=mask, other=0.0)
+            dc += tl.load(pointer(table, slots.DSEQ, ACC, ALIGNED) + own * H + j[None, :], mask=mask, other=0.0)
         dstates = dstates + (dc,)
 
     dgx, dgh, dentering = CELL(dstates, planes, states)
     if HAS_RESET:
         reset = _resets(table, row, n, alive, HAS_RESET)[:, None]
     if HAS_C and HAS_RESTART:
-        restarts = pointer(table, DRESTART_C, ACC, ALIGNED) + place
+        restarts = pointer(table, slots.DRESTART_C, ACC, ALIGNED) + place
         through = tl.load(restarts, mask=mask & reset, other=0.0) + dentering[1]
 
     tl.debug_barrier()
     at = own * (GATES * H) + j[None, :]
     for g in tl.static_range(GATES):
-        tl.store(pointer(table, DGX, STORAGE, ALIGNED) + at + g * H, dgx[g].to(STORAGE), mask=mask)
+        tl.store(pointer(table, slots.DGX, STORAGE, ALIGNED) + at + g * H, dgx[g].to(STORAGE), mask=mask)
         if SPLIT:
-            tl.store(pointer(table, DGH, STORAGE, ALIGNED) + at + g * H, dgh[g].to(STORAGE), mask=mask)
+            tl.store(pointer(table, slots.DGH, STORAGE, ALIGNED) + at + g * H, dgh[g].to(STORAGE), mask=mask)
     if MIXES_H:
-        tl.store(pointer(table, CARRY, ACC, ALIGNED) + place, dentering[0], mask=mask)
+        tl.store(pointer(table, slots.CARRY, ACC, ALIGNED) + place, dentering[0], mask=mask)
     if HAS_C:
         dc = dentering[1]
         if HAS_RESTART:
@@ -311,7 +312,7 @@ def backward_step(  # type: ignore[no-untyped-def]
     """
     s, T, B, n, back, b, length = _start(table, i, BLOCK_B, PERIOD, REVERSE, HAS_LENGTHS)
     w = T - 1 - s
-    offsets = pointer(table, OFFSETS, tl.int64, False)
+    offsets = pointer(table, slots.OFFSETS, tl.int64, False)
     row, alive = locate(w, back, b, length, B, T, offsets, HAS_OFFSETS)
     after, came = locate(w + 1, back, b, length, B, T, offsets, HAS_OFFSETS)
     if HAS_LENGTHS:
@@ -324,7 +325,7 @@ def backward_step(  # type: ignore[no-untyped-def]
         BLOCK_B, BLOCK_H, BLOCK_K,
     )  # fmt: skip
     if PROJECT:
-        at = pointer(table, DH, STORAGE, ALIGNED) + ((row * N + n) * P)[:, None] + p[None, :]
+        at = pointer(table, slots.DH, STORAGE, ALIGNED) + ((row * N + n) * P)[:, None] + p[None, :]
         tl.store(at, dh.to(STORAGE), mask=alive[:, None] & (p < P)[None, :])
     else:
         before, went = locate(w - 1, back, b, length, B, T, offsets, HAS_OFFSETS)
@@ -347,14 +348,14 @@ def backward_cell_step(  # type: ignore[no-untyped-def]
     """What follows `backward_step` with a projection: dm = dh W_hr, and the cell."""
     s, T, B, n, back, b, length = _start(table, i, BLOCK_B, PERIOD, REVERSE, HAS_LENGTHS)
     w = T - 1 - s
-    offsets = pointer(table, OFFSETS, tl.int64, False)
+    offsets = pointer(table, slots.OFFSETS, tl.int64, False)
     row, alive = locate(w, back, b, length, B, T, offsets, HAS_OFFSETS)
     if tl.max(alive.to(tl.int32)) == 0:
         return
     before, went = locate(w - 1, back, b, length, B, T, offsets, HAS_OFFSETS)
     j = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    source = pointer(table, DH, STORAGE, ALIGNED) + (row * N + n) * P
-    weights = pointer(table, W_HR, STORAGE, ALIGNED) + n * (P * H)
+    source = pointer(table, slots.DH, STORAGE, ALIGNED) + (row * N + n) * P
+    weights = pointer(table, slots.W_HR, STORAGE, ALIGNED) + n * (P * H)
     dm = tl.zeros((BLOCK_B, BLOCK_H), ACC)
     for k in range(0, P, BLOCK_K):
         kk = k + tl.arange(0, BLOCK_K)

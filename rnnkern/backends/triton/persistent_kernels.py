@@ -1,12 +1,14 @@
 """A whole scan in one launch whose programs keep their weights on the chip and hand states to each other.
 
 A program has BLOCK_H units of BLOCK_B rows of a group for all steps. What it needs of other programs' units (forward h,
-backward the gate gradients) it reads from memory when it has come (exchange.py); programs of other rows or groups it never
-waits for. All programs of the same rows walk the same steps, so whoever is waited for does come.
+backward the gate gradients) it reads from memory when it has come (exchange.py); programs of other rows or groups it
+never waits for. All programs of the same rows walk the same steps, so whoever is waited for does come.
 
-What is handed over is read, and its product made, in PARTS of powers of two, H = 768 as 512 + 256 and not as 1024; and each
-part in SLICES beside each other, one for a warp, whose sums are added up in the end.
+What is handed over is read, and its product made, in PARTS of powers of two, H = 768 as 512 + 256 and not as 1024; and
+each part in SLICES beside each other, one for a warp, whose sums are added up in the end.
 """
+
+# mypy: disable-error-code="assignment, misc"
 
 from __future__ import annotations
 
@@ -19,8 +21,10 @@ from rnnkern.backends.triton.places import lengths_of, locate, walks_back
 
 
 @triton.jit
-def _weights(w, j, START: tl.constexpr, SIZE: tl.constexpr, K: tl.constexpr, H: tl.constexpr, SLICES: tl.constexpr,
-             STEP_K: tl.constexpr, STEP_J: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+def _weights(  # type: ignore[no-untyped-def]
+    w, j, START: tl.constexpr, SIZE: tl.constexpr, K: tl.constexpr, H: tl.constexpr, SLICES: tl.constexpr,
+    STEP_K: tl.constexpr, STEP_J: tl.constexpr,
+):  # fmt: skip
     """[slices, width, BLOCK_H] of the part of W from START on."""
     WIDTH: tl.constexpr = max(16, SIZE // SLICES)
     k = START + tl.arange(0, SIZE // WIDTH)[:, None, None] * WIDTH + tl.arange(0, WIDTH)[None, :, None]
@@ -248,7 +252,7 @@ def backward_together(  # type: ignore[no-untyped-def]
         for q in tl.static_range(SAVED):
             place = planes + ((at * SAVED + q) * H)[:, None] + j[None, :]
             activations = activations + (tl.load(place, mask=mask, other=0.0).to(ACC),)
-        d = tl.load(dy + (row * dy_row + n * dy_group)[:, None] + j[None, :], mask=mask, other=0.0).to(ACC)
+        given = tl.load(dy + (row * dy_row + n * dy_group)[:, None] + j[None, :], mask=mask, other=0.0).to(ACC)
         replaced = _resets(reset, reset_row, reset_group, row, n, alive, HAS_RESET)
         there = went & (replaced == 0)
         start = alive & (went == 0) & (replaced == 0)
@@ -272,7 +276,7 @@ def backward_together(  # type: ignore[no-untyped-def]
             dgh + (after * N + n) * K, came, weights, carry, d_restart_h, was_reset, patience,
             K, STARTS, PARTS, SLICES, HAS_RESET, STORAGE, WORD, ACC, PRECISION, RELAXED,
         )  # fmt: skip
-        dstates = (total + d,)
+        dstates = (total + given,)
         if HAS_C:
             dstates = dstates + (dc,)
         gates_x, gates_h, dentering = CELL(dstates, activations, entering)

@@ -10,23 +10,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# The table of a per-step scan: addresses and sizes, a 64-bit word each. "step" is 0 at first and moved on by every graph
-# of steps; a kernel's own step is that plus its launch argument.
-NAMES = (
-    "step", "T", "B",
-    "gx", "gx_row", "gx_group", "w", "bias", "w_hr",
-    "h0", "c0", "restart_h", "restart_c", "reset", "reset_row", "reset_group", "lengths", "offsets",
-    "y", "h_last", "c_last", "seq", "planes", "hidden",
-    "dy", "dy_row", "dy_group", "dseq", "dgx", "dgh", "dh", "carry", "dh0", "dc0", "drestart_h", "drestart_c",
-)  # fmt: skip
-(
-    STEP, STEPS, BATCH,
-    GX, GX_ROW, GX_GROUP, W, BIAS, W_HR,
-    H0, C0, RESTART_H, RESTART_C, RESET, RESET_ROW, RESET_GROUP, LENGTHS, OFFSETS,
-    Y, H_LAST, C_CARRY, SEQ, PLANES, HIDDEN,
-    DY, DY_ROW, DY_GROUP, DSEQ, DGX, DGH, DH, CARRY, DH0, DC0, DRESTART_H, DRESTART_C,
-) = (tl.constexpr(k) for k in range(len(NAMES)))  # fmt: skip
-
 
 @triton.jit
 def walks_back(n, PERIOD: tl.constexpr, REVERSE: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -52,35 +35,3 @@ def locate(w, back, b, length, B, T, offsets, HAS_OFFSETS: tl.constexpr):  # typ
     else:
         start = t * B
     return start + b, (t < length) & (length * 0 <= t)
-
-
-@triton.jit
-def pointer(table, SLOT: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The address in a slot of the table as a pointer; ALIGNED promises 16 bytes, which loads need to be wide."""
-    found = tl.load(table + SLOT).to(tl.pointer_type(TYPE))
-    return tl.multiple_of(found, 16) if ALIGNED else found  # said of the pointer: of the number it would be lost
-
-
-@triton.jit
-def stride(table, SLOT: tl.constexpr, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
-    size = tl.load(table + SLOT)
-    return tl.multiple_of(size, 16) if ALIGNED else size
-
-
-@triton.jit(do_not_specialize=["words"])
-def write_table(table, words, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Addresses as launch arguments and not as memory of the host, so that a caller's CUDA graph may record it."""
-    for k in tl.static_range(COUNT):
-        tl.store(table + k, (words[k] - (1 << 62)) >> 1)
-
-
-def word(value: int) -> int:
-    """A word as `write_table` takes it. Triton compiles anew for 1, for multiples of 16 and for what fits 32 bits, in
-    tuples whatever is asked: this is none of them."""
-    return (value << 1) + 1 + (1 << 62)
-
-
-@triton.jit(do_not_specialize=["count"])
-def advance(table, count):  # type: ignore[no-untyped-def]
-    """The end of a run of `count` steps."""
-    tl.store(table + STEP, tl.load(table + STEP) + count)

@@ -1,4 +1,5 @@
-"""Every kernel that automatic choice can launch, for a representative set of scans: what a compile check compiles.
+"""Every kernel that automatic choice can launch, for a representative set of scans: what a compile check compiles; and
+those of the persistent driver where that would suit.
 
 Made by the code that makes launches, from tensors without memory, so that the two cannot drift apart.
 """
@@ -12,10 +13,10 @@ import torch
 
 from rnnkern.backends.base import ScanInputs, ScanSpec, accumulation_dtype
 from rnnkern.backends.triton.cells import STEPS
-from rnnkern.backends.triton.config import Target
-from rnnkern.backends.triton.drivers import plan_backward, plan_forward
+from rnnkern.backends.triton.config import Target, suits_persistent
+from rnnkern.backends.triton.drivers import plan_backward, plan_forward, question
 from rnnkern.backends.triton.launch import TYPES, Launch
-from rnnkern.backends.triton.places import NAMES, advance, word, write_table
+from rnnkern.backends.triton.slots import NAMES, advance, write_table
 from rnnkern.cells import CELLS
 
 SIZES = (32, 64, 128, 200, 512, 1024)
@@ -69,14 +70,22 @@ def _of_one(
     for precision in ("ieee", "tf32") if dtype == torch.float32 else ("ieee",):
         for save in ("all", "none"):
             inputs = _inputs(cell, dtype, H, B, projected, save, precision)
-            outputs, program = plan_forward(inputs, target)
-            for one in program.launches:
-                yield f"{title} {precision} save={save}", one
-            if save == "all":
-                dfinal, dseq = outputs.final, outputs.seq
-                _, program = plan_backward(inputs, outputs, outputs.y, dfinal, dseq, target)
+            for driver in _drivers(inputs, "forward", target):
+                outputs, program = plan_forward(inputs, target, driver)
+                for one in program.launches:
+                    yield f"{title} {precision} save={save}", one
+            if save == "none":
+                continue
+            for driver in _drivers(inputs, "backward", target):
+                given = outputs.y, outputs.final, outputs.seq
+                _, program = plan_backward(inputs, outputs, *given, target, driver)
                 for one in program.launches:
                     yield f"{title} {precision}", one
+
+
+def _drivers(inputs: ScanInputs, direction: str, target: Target) -> tuple[str | None, ...]:
+    suits = suits_persistent(question(inputs, direction, target))
+    return (None, "persistent") if suits else (None,)
 
 
 def _inputs(cell: str, dtype: torch.dtype, H: int, B: int, projected: bool, save: str, precision: str) -> ScanInputs:
@@ -93,8 +102,3 @@ def _inputs(cell: str, dtype: torch.dtype, H: int, B: int, projected: bool, save
     return ScanInputs(
         ScanSpec(cell, (False,), names, save=save, precision=precision), T, B, new(T * B, 1, G * H), states, (params,)
     )
-
-
-def word_is_plain() -> bool:
-    """Whether `write_table` compiles once: no word is 1, a multiple of 16 or as small as 32 bits."""
-    return all(w % 2 and w >= 1 << 32 for w in (word(0), word(1), word(16), word(1 << 57)))

@@ -1,0 +1,134 @@
+"""Tests of the tests: errors that are easy to make in a kernel, each of which `compare` must see.
+
+A mutant replaces one device function; the kernels find it through the globals of their module.
+"""
+
+from __future__ import annotations
+
+import pytest
+import triton
+import triton.language as tl
+from scans import Case, compare, gradients_of, inputs_of
+
+from rnnkern import dispatch
+from rnnkern.backends.triton import batch_parallel_kernels, per_step_kernels
+from rnnkern.backends.triton.cells import STEPS
+from rnnkern.cells.gru import triton_step as gru
+
+
+@triton.jit
+def gru_shares_its_gate_gradients(dstates, planes, states):  # type: ignore[no-untyped-def]
+    dgx, dgh, dentering = gru.step_backward(dstates, planes, states)
+    return dgx, dgx, dentering
+
+
+@triton.jit
+def walks_all_one_way(n, PERIOD: tl.constexpr, REVERSE: tl.constexpr):  # type: ignore[no-untyped-def]
+    return n < 0
+
+
+@triton.jit
+def computes_padding(b, B, T, lengths, HAS_LENGTHS: tl.constexpr):  # type: ignore[no-untyped-def]
+    return tl.where(b < B, T, 0)
+
+
+_entering = per_step_kernels._entering
+_d_states = batch_parallel_kernels._d_states
+_d_recurrent = per_step_kernels._d_recurrent
+
+
+@triton.jit
+def reads_the_row_beside(  # type: ignore[no-untyped-def]
+    table, row, alive, before, went, n, b, B,
+    WIDTH: tl.constexpr, N: tl.constexpr, FIRST: tl.constexpr, RESTART: tl.constexpr, WRITTEN: tl.constexpr,
+    TYPE: tl.constexpr, HAS_RESET: tl.constexpr, HAS_RESTART: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """As where the offset of the step before is taken for that of this one."""
+    beside = tl.where(before > 0, before - 1, before)
+    return _entering(
+        table,
+        row,
+        alive,
+        beside,
+        went,
+        n,
+        b,
+        B,
+        WIDTH,
+        N,
+        FIRST,
+        RESTART,
+        WRITTEN,
+        TYPE,
+        HAS_RESET,
+        HAS_RESTART,
+        ALIGNED,
+    )
+
+
+@triton.jit
+def forgets_resets_of_a_scan(  # type: ignore[no-untyped-def]
+    pending, weights, carry, d_restart, came, was_reset,
+    GATES: tl.constexpr, HAS_RESET: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    return _d_states(
+        pending, weights, carry, d_restart, came, was_reset & (was_reset == 0), GATES, HAS_RESET, ACC, PRECISION
+    )
+
+
+@triton.jit
+def forgets_resets_of_a_step(  # type: ignore[no-untyped-def]
+    table, row, alive, after, came, n, b, B, p,
+    GATES: tl.constexpr, MIXES_H: tl.constexpr, H: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+    HAS_RESET: tl.constexpr, HAS_RESTART: tl.constexpr, STORAGE: tl.constexpr, ACC: tl.constexpr,
+    PRECISION: tl.constexpr, ALIGNED: tl.constexpr, DY_ALIGNED: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    return _d_recurrent(
+        table, row, alive, after, came, n, b, B, p, GATES, MIXES_H, H, P, N, False, False, STORAGE, ACC, PRECISION,
+        ALIGNED, DY_ALIGNED, BLOCK_B, BLOCK_H, BLOCK_K,
+    )  # fmt: skip
+
+
+BOTH = (batch_parallel_kernels, per_step_kernels)
+MUTANTS = {
+    "reads_the_row_beside": (
+        BOTH[1:], "_entering", reads_the_row_beside, Case("lstm", T=4, B=5, H=3, layout="packed", reverse=(True,)),
+    ),
+    "walks_all_one_way": (BOTH, "walks_back", walks_all_one_way, Case("gru", T=3, B=3, H=3)),
+    "computes_padding": (BOTH, "lengths_of", computes_padding, Case("rnn_tanh", T=3, B=5, H=3, layout="padded")),
+    "forgets_resets_of_a_scan": (
+        BOTH[:1], "_d_states", forgets_resets_of_a_scan, Case("gru", T=4, B=5, H=3, reset="learned"),
+    ),
+    "forgets_resets_of_a_step": (
+        BOTH[1:], "_d_recurrent", forgets_resets_of_a_step, Case("gru", T=4, B=5, H=3, reset="learned"),
+    ),
+}  # fmt: skip
+
+
+def judge(case: Case) -> None:
+    inputs = inputs_of(case)
+    compare(dispatch.backend("triton"), inputs, gradients_of(case, inputs))
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutant_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    modules, function, mutant, case = MUTANTS[name]
+    for module in modules:
+        driver = "batch_parallel" if module is batch_parallel_kernels else "per_step"
+        monkeypatch.setenv("RNNKERN_TRITON_CONFIG", f"driver={driver}")
+        judge(case)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, function, mutant)
+            with pytest.raises(AssertionError, match=r"error|cosine|L2|truth"):
+                judge(case)
+
+
+@pytest.mark.parametrize("driver", ["batch_parallel", "per_step"])
+def test_a_cell_that_shares_its_gate_gradients_is_caught(driver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RNNKERN_TRITON_CONFIG", f"driver={driver}")
+    case = Case("gru", T=3, B=3, H=3)
+    judge(case)
+    monkeypatch.setitem(STEPS, "gru", STEPS["gru"]._replace(step_backward=gru_shares_its_gate_gradients))
+    with pytest.raises(AssertionError, match=r"error|cosine|L2"):
+        judge(case)
