@@ -117,8 +117,7 @@ def together(
             scope.restore()
 
     def loaded(self: InterpreterBuilder, *args: Any, **named: Any) -> Any:
-        bound = inspect.signature(load).bind(self, *args, **named)
-        if now and bound.arguments.get("is_volatile"):
+        if now and args[-1] is True:  # is_volatile
             now[-1].between()
         return load(self, *args, **named)
 

@@ -217,7 +217,7 @@ def suits_persistent(q: Question) -> bool:
 
 
 def _registers(q: Question, config: Config) -> int:
-    """An estimate of a thread's: its part of the weights, and of what is awaited, as it came and as it is multiplied."""
+    """An estimate of a thread's: its part of the weights, and of what is awaited, before and after it is unpacked."""
     columns = config.block_h * (q.gates if q.direction == "forward" else 1)
     found = parts(handed_over(q), config.block_k)
     weights = sum(found) * columns * q.dtype.itemsize
@@ -240,7 +240,7 @@ def _sliced(q: Question) -> Config:
         waits = len(parts(width, found.block_k)) * 131072
         return bool(fits_persistent(q, found)), reads + waits, -found.block_b * found.block_h
 
-    tiles = itertools.product((4, 8, 16, 32), (8, 16, 32), (32768, 16384, 8192))
+    tiles = itertools.product((4, 8, 16, 32), (8, 16, 32), (32768, 16384))
     return min((tile(*given) for given in tiles), key=cost)
 
 
