@@ -283,7 +283,9 @@ def _tiled(q: Question) -> Config:
     r, u = min(tiles, key=cost)
     depth = min({2: 64, 4: 32, 8: 16}[q.dtype.itemsize], power_of_two(deep))
     stages = 3 if q.target.kind == "cuda" else 1
-    return Config("per_step", r, u, depth, 8 if r * u * gates * q.dtype.itemsize > 8192 else 4, stages)
+    # Four slices of fp32 or fewer are unrolled, and are then too much at once for the registers of 4 warps.
+    many = r * u * gates * q.dtype.itemsize > 8192 or (q.target.kind == "cuda" and deep <= 4 * depth < 256)
+    return Config("per_step", r, u, depth, 8 if many else 4, stages)
 
 
 def power_of_two(size: int) -> int:
