@@ -65,8 +65,8 @@ class Triton:
         return reasons
 
     def forward(self, inputs: ScanInputs) -> ScanOutputs:
-        LOST.check(inputs.gx.device)
         with _on(inputs.gx.device):
+            LOST.check(inputs.gx.device)
             out, program = plan_forward(inputs, target_of(inputs.gx.device))
             self.run(program, inputs.gx.device)
         return out
@@ -81,8 +81,8 @@ class Triton:
     ) -> ScanGrads:
         if inputs.spec.save != "all":
             raise ValueError(f"backward needs the planes of a forward with save='all', got save={inputs.spec.save!r}")
-        LOST.check(inputs.gx.device)
         with _on(inputs.gx.device):
+            LOST.check(inputs.gx.device)
             grads, program = plan_backward(inputs, outputs, dy, dfinal, dseq, target_of(inputs.gx.device))
             self.run(program, inputs.gx.device)
             grads.dreset_states = tuple(

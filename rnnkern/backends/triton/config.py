@@ -24,10 +24,8 @@ _SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}  # KiB
 _BATCH_PARALLEL_H = {1: 0, 2: 128, 4: 64, 8: 16}  # by bytes of an element: the largest H whose weights fit one program
 
 _LEAST = {"block_b": 4, "block_h": 16, "block_k": 16}  # rows are padded to what an instruction multiplies
-_MOST_REGISTERS = {
-    False: 192,
-    True: 124,
-}  # of a persistent program's thread, by `_registers` and `exact`; beyond: spills
+# Of a persistent program's thread, by `_registers` and Question.exact: with more, kernels spill.
+_MOST_REGISTERS = {False: 176, True: 124}
 _PERSISTENT = {"block_b": (4, 64), "block_h": (8, 64), "block_k": (16, 4096)}  # least and most
 _TILES = (16, 32, 64)
 _LARGEST = {2: 32, 4: 32, 8: 16}  # edge of a tile, by bytes of an element; larger ones spill
@@ -202,7 +200,8 @@ def fits_persistent(q: Question, config: Config) -> str:
         return "a projection (persistent has no second product; per_step does it)"
     if q.dtype == torch.float64:
         return "torch.float64 (persistent holds all weights on the chip; per_step does it)"
-    if config.warps > 8 or _registers(q, config) > _MOST_REGISTERS[q.exact]:
+    crowded = _registers(q, config) > _MOST_REGISTERS[q.exact] or sum(_on_chip(q, config)) > q.target.shared
+    if config.warps > 8 or crowded:
         return f"H={q.H} in tiles of {config.block_b} rows and {config.block_h} units: more than fits one processor"
     programs = -(-q.H // config.block_h) * -(-q.B // config.block_b) * q.N
     if programs > q.target.processors:  # programs that wait for each other must all run at once
@@ -216,13 +215,18 @@ def suits_persistent(q: Question) -> bool:
     return q.B * q.H <= most and bool(fits_batch_parallel(q)) and not fits_persistent(q, _sliced(q))
 
 
-def _registers(q: Question, config: Config) -> int:
-    """An estimate of a thread's: its part of the weights, and of what is awaited, before and after it is unpacked."""
+def _on_chip(q: Question, config: Config) -> tuple[int, int]:
+    """Bytes of a program's weights, and of what it awaits at once."""
     columns = config.block_h * (q.gates if q.direction == "forward" else 1)
     found = parts(handed_over(q), config.block_k)
-    weights = sum(found) * columns * q.dtype.itemsize
-    awaited = max(found) * config.block_b * q.dtype.itemsize
-    return (weights + 2 * awaited) // (128 * config.warps) + 72 + 8 * len(set(found))
+    return sum(found) * columns * q.dtype.itemsize, max(found) * config.block_b * q.dtype.itemsize
+
+
+def _registers(q: Question, config: Config) -> int:
+    """An estimate of a thread's: its part of the weights, and of what is awaited, before and after it is unpacked."""
+    weights, awaited = _on_chip(q, config)
+    shapes = len(set(parts(handed_over(q), config.block_k)))
+    return (weights + 2 * awaited) // (128 * config.warps) + 60 + 20 * shapes
 
 
 def _sliced(q: Question) -> Config:
@@ -240,7 +244,7 @@ def _sliced(q: Question) -> Config:
         waits = len(parts(width, found.block_k)) * 131072
         return bool(fits_persistent(q, found)), reads + waits, -found.block_b * found.block_h
 
-    tiles = itertools.product((4, 8, 16, 32), (8, 16, 32), (32768, 16384))
+    tiles = itertools.product((4, 8, 16), (8, 16, 32), (32768, 16384))
     return min((tile(*given) for given in tiles), key=cost)
 
 
