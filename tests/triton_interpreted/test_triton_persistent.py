@@ -58,7 +58,7 @@ def driven(patch: pytest.MonkeyPatch, rows: int = 16, units: int = 8, part: int 
 
 def at_random(case: Case, patch: pytest.MonkeyPatch) -> None:
     rng = random.Random(str(case))
-    driven(patch, rng.choice([4, 8, 8]), rng.choice([8, 16]), rng.choice([16, 32, 64]), 4)
+    driven(patch, rng.choice([4, 8, 8]), rng.choice([8, 16]), rng.choice([16, 32, 64]), 8)
 
 
 def small() -> list[Case]:
@@ -86,16 +86,15 @@ def test_as_configured_by_size(monkeypatch: pytest.MonkeyPatch) -> None:
         compare(SCAN, inputs, gradients_of(case, inputs))
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_in_any_turns_the_same_bits(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_any_turns_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case("gru", T=3, B=5, H=24, layout="padded", reset="learned", reverse=(True,))
     inputs = inputs_of(case)
     grads = gradients_of(case, inputs)
     driven(monkeypatch, rows=4)
     kept = [t.clone() for _, t in tensors(inputs)]
-    with together(seed):
+    with together(seed=0):
         first = run(SCAN, inputs, grads)
-    with together(seed + 10, stay=0.95):
+    with together(seed=1, stay=0.95):
         second = run(SCAN, inputs, grads)
     assert_same_bits(first, second, inputs)
     assert all(torch.equal(a, b) for a, (_, b) in zip(kept, tensors(inputs), strict=True))
@@ -192,8 +191,7 @@ def test_drivers_read_what_the_others_saved(monkeypatch: pytest.MonkeyPatch) -> 
             agree([SCAN.backward(inputs, outputs, *grads)], yardstick[1:], truth[1:], inputs)
 
 
-@pytest.mark.parametrize("after", [0, 5])
-@pytest.mark.parametrize(("cell", "reset"), [("lstm", ""), ("gru", "learned")])
+@pytest.mark.parametrize(("cell", "reset", "after"), [("lstm", "", 0), ("gru", "learned", 5), ("lstm", "zero", 3)])
 def test_a_lost_partner(cell: str, reset: str, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where it was needed is NaN, what is not NaN is right, and the next call says so; after that all is as before."""
     case = Case(cell, T=3, B=6, H=17, reverse=(False,), layout="padded", reset=reset)

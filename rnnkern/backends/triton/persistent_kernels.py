@@ -157,11 +157,12 @@ def forward_together(  # type: ignore[no-untyped-def]
         went = alive
         s += 1
 
-    ends = (own * H)[:, None] + j[None, :]
-    tl.store(h_last + ends, states[0].to(STORAGE), mask=batch)
-    if HAS_C:
-        tl.store(c_last + ends, states[1], mask=batch)
-    if patience == 0:  # a partner was lost: its units, too, become NaN from the step on that it did not come to
+    if patience > 0:
+        ends = (own * H)[:, None] + j[None, :]
+        tl.store(h_last + ends, states[0].to(STORAGE), mask=batch)
+        if HAS_C:
+            tl.store(c_last + ends, states[1], mask=batch)
+    else:  # a partner was lost: its units, too, become NaN from the step on that it did not come to
         tl.store(lost, 1)
         for late in range(tl.maximum(s - 2, 0), steps):
             row, alive = locate(first + late, back, b, length, B, T, offsets, HAS_OFFSETS)
@@ -304,15 +305,16 @@ def backward_together(  # type: ignore[no-untyped-def]
         dgh + (after * N + n) * K, came, weights, carry, d_restart_h, was_reset, patience,
         K, STARTS, PARTS, SLICES, HAS_RESET, STORAGE, WORD, ACC, PRECISION, RELAXED,
     )  # fmt: skip
-    ends = (own * H)[:, None] + j[None, :]
-    tl.store(dh0 + ends, total.to(STORAGE), mask=batch)
-    if HAS_RESTART:
-        tl.store(drestart_h + ends, d_restart_h.to(STORAGE), mask=batch)
-    if HAS_C:
-        tl.store(dc0 + ends, dc, mask=batch)
+    if patience > 0:
+        ends = (own * H)[:, None] + j[None, :]
+        tl.store(dh0 + ends, total.to(STORAGE), mask=batch)
         if HAS_RESTART:
-            tl.store(drestart_c + ends, d_restart_c, mask=batch)
-    if patience == 0:
+            tl.store(drestart_h + ends, d_restart_h.to(STORAGE), mask=batch)
+        if HAS_C:
+            tl.store(dc0 + ends, dc, mask=batch)
+            if HAS_RESTART:
+                tl.store(drestart_c + ends, d_restart_c, mask=batch)
+    else:
         tl.store(lost, 1)
         for late in range(0, tl.minimum(s + 2, steps)):
             row, alive = locate(first + late, back, b, length, B, T, offsets, HAS_OFFSETS)
