@@ -102,7 +102,11 @@ def together(
         if not named.get("launch_cooperative_grid"):
             launch(self, *args, **named)
             return
-        scope = interpreter._patch_lang(self.fn)
+        patch = interpreter._patch_lang
+        scope = patch(self.fn)
+        interpreter._patch_lang = lambda fn: (
+            scope
+        )  # again at every call of a device function, it is a third of the time
         try:
             found = inspect.getcallargs(self.fn, *args, **{k: v for k, v in named.items() if k in self.arg_names})
             found = {k: v if k in self.constexprs else interpreter._implicit_cvt(v) for k, v in found.items()}
@@ -114,6 +118,7 @@ def together(
         finally:
             if now:
                 now.pop()
+            interpreter._patch_lang = patch
             scope.restore()
 
     def loaded(self: InterpreterBuilder, *args: Any, **named: Any) -> Any:
