@@ -75,6 +75,7 @@ def test_the_environment_decides(monkeypatch: pytest.MonkeyPatch) -> None:
         ("block_b=many", "block_b='many': expected an integer"),
         ("block_b=24", "block_b=24: expected a power of two from 4 to 256"),
         ("block_h=8", "block_h=8: expected a power of two from 16 to 256"),
+        ("driver=persistent,block_h=4", "block_h=4: expected a power of two from 8 to 64"),
         ("warps=0", "warps=0: expected a power of two from 1 to 256"),
         ("stages=0", "stages=0: expected an integer from 1 to 256"),
         ("driver=batch_parallel,block_h=16", "block_h=16: batch_parallel takes all of H=32 in one tile"),
@@ -129,6 +130,48 @@ def test_a_malformed_table_is_an_error(change: dict[str, Any], message: str) -> 
         read_table([ENTRY | change])
 
 
+def test_parts_hold_a_width_with_little_padding() -> None:
+    assert config.parts(768, 1024) == (512, 256)
+    assert config.parts(200, 1024) == (128, 64, 16)
+    assert config.parts(650, 256) == (256, 256, 128, 16)
+    assert config.parts(3, 1024) == (16,)
+    for width in range(1, 5000, 7):
+        found = config.parts(width, 512)
+        assert sum(found[:-1]) < width <= sum(found) < width + max(16, width / 8)
+        assert all(size <= 512 and size & (size - 1) == 0 for size in found)
+
+
+@pytest.mark.parametrize("target", [t for t in shipped.TARGETS.values() if t.kind == "cuda"], ids=lambda t: t.name)
+@pytest.mark.parametrize("direction", config.PASSES)
+def test_persistent_programs_all_run_at_once(direction: str, target: Target) -> None:
+    """No more of them than processors, wherever it would be taken; and nothing takes it without being asked to."""
+    offered = 0
+    for B in (1, 4, 16, 64, 256):
+        for H in (16, 200, 256, 512, 650, 768, 1024, 2048):
+            for dtype in (torch.float64, torch.float32, torch.bfloat16):
+                for N in (1, 2):
+                    asked = ask(B=B, H=H, N=N, dtype=dtype, direction=direction, target=target)
+                    assert model(asked).driver != "persistent"
+                    found = model(asked, "persistent")
+                    if config.fits_persistent(asked, found):
+                        continue
+                    offered += 1
+                    assert dtype != torch.float64
+                    assert -(-B // found.block_b) * -(-H // found.block_h) * N <= target.processors
+    assert offered > 20
+    assert "gfx942" in config.fits_persistent(ask(target=shipped.TARGETS["gfx942"]), model(ask(), "persistent"))
+
+
+def test_a_persistent_launch_is_cooperative(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a driver of the GPU refuses what would wait for ever."""
+    monkeypatch.setenv(config.VARIABLE, "driver=persistent")
+    inputs = inputs_of(Case("lstm", torch.bfloat16, T=2, B=5, H=200, reverse=(False,)))
+    outputs, program = drivers.plan_forward(inputs, H200)
+    assert program.waits
+    assert program.launches[0].options["launch_cooperative_grid"] is True
+    assert outputs.y.view(torch.int16).eq(-1).all()
+
+
 def test_tf32_only_where_it_was_allowed() -> None:
     assert config.precision("tf32", torch.float32, H200) == "tf32"
     assert config.precision("ieee", torch.float32, H200) == "tf32x3"
@@ -146,6 +189,7 @@ def test_what_is_shipped_says_everything_that_a_compiler_asks() -> None:
         names.add(kernel.kernel.__name__)
     assert names == {
         "forward_scan", "backward_scan", "forward_step", "project_step", "backward_step", "backward_cell_step",
+        "forward_together", "backward_together",
         "write_table", "advance",
     }  # fmt: skip
 

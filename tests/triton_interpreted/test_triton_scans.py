@@ -26,11 +26,12 @@ from scans import (
 
 from rnnkern import dispatch
 from rnnkern.backends.base import ScanInputs
-from rnnkern.backends.triton.config import DRIVERS, fits_batch_parallel, target_of
+from rnnkern.backends.triton.config import fits_batch_parallel, target_of
 from rnnkern.backends.triton.drivers import question
 from rnnkern.cells import CELLS
 
 SCAN = dispatch.backend("triton")
+DRIVERS = ("batch_parallel", "per_step")  # persistent programs wait for each other: test_triton_persistent.py
 AXES: dict[str, list] = {
     "T": [1, 2, 3, 4, 5, 6],
     "B": [1, 3, 7, 17],

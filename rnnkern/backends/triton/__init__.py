@@ -1,7 +1,8 @@
 """The Triton backend: fused scans on GPUs, and on the CPU in Triton's interpreter, which is for tests.
 
-Two drivers (config.py chooses): *batch_parallel*, a whole scan in one launch, for small H; *per_step*, one launch a
-step, for every size. Cells bring their equations (cells.py), the drivers everything else.
+Three drivers (config.py chooses): *batch_parallel*, a whole scan in one launch, for small H; *per_step*, one launch a
+step, for every size; *persistent*, a whole scan in one launch whose programs share the weights and wait for each other.
+Cells bring their equations (cells.py), the drivers everything else.
 """
 
 from __future__ import annotations
@@ -13,11 +14,20 @@ from torch import Tensor
 
 from rnnkern.backends.base import ScanGrads, ScanInputs, ScanOutputs
 from rnnkern.backends.triton.cells import STEPS
-from rnnkern.backends.triton.config import choose, fits_batch_parallel, target_of
+from rnnkern.backends.triton.config import (
+    PASSES,
+    Config,
+    Question,
+    choose,
+    fits_batch_parallel,
+    fits_persistent,
+    target_of,
+)
 from rnnkern.backends.triton.drivers import Program, plan_backward, plan_forward, question
 from rnnkern.backends.triton.graphs import Steps
 from rnnkern.backends.triton.interpreter import INTERPRETED, has_bf16
 from rnnkern.backends.triton.launch import TYPES
+from rnnkern.backends.triton.lost import LOST
 from rnnkern.backends.triton.work import LONGEST_PERIOD, pattern
 
 _PARAMS = ("w_hh", "b_hh", "w_hr")
@@ -47,13 +57,16 @@ class Triton:
         if period > LONGEST_PERIOD:
             reasons.append(f"directions that repeat after {period} groups: at most {LONGEST_PERIOD}")
         if not reasons:
-            asked = question(inputs, "forward", target_of(gx.device))
-            if choose(asked).driver == "batch_parallel" and (why := fits_batch_parallel(asked)):
-                reasons.append(f"{why}, and the driver was asked for by name")
+            for direction in PASSES if spec.save == "all" else PASSES[:1]:
+                asked = question(inputs, direction, target_of(gx.device))
+                if why := _misfit(asked, choose(asked)):
+                    reasons.append(f"{why}, and the driver was asked for by name")
+                    break
         return reasons
 
     def forward(self, inputs: ScanInputs) -> ScanOutputs:
         with _on(inputs.gx.device):
+            LOST.check(inputs.gx.device)
             out, program = plan_forward(inputs, target_of(inputs.gx.device))
             self.run(program, inputs.gx.device)
         return out
@@ -69,6 +82,7 @@ class Triton:
         if inputs.spec.save != "all":
             raise ValueError(f"backward needs the planes of a forward with save='all', got save={inputs.spec.save!r}")
         with _on(inputs.gx.device):
+            LOST.check(inputs.gx.device)
             grads, program = plan_backward(inputs, outputs, dy, dfinal, dseq, target_of(inputs.gx.device))
             self.run(program, inputs.gx.device)
             grads.dreset_states = tuple(
@@ -80,6 +94,8 @@ class Triton:
         if program.words is None:
             for one in program.launches:
                 one()
+            if program.waits:
+                LOST.watch(device)
         else:
             self.steps.run(program.launches, program.steps, program.words, device)
 
@@ -87,6 +103,13 @@ class Triton:
 def _on(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Triton launches on the current device, whatever device its tensors are on."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _misfit(asked: Question, config: Config) -> str:
+    """Why the driver that was chosen cannot do it, or nothing."""
+    if config.driver == "batch_parallel":
+        return fits_batch_parallel(asked)
+    return fits_persistent(asked, config) if config.driver == "persistent" else ""
 
 
 def _where(gx: Tensor) -> list[str]:

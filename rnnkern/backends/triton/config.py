@@ -6,6 +6,7 @@ RNNKERN_TRITON_CONFIG replaces single decisions, for experiments: "driver=per_st
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Iterable
@@ -16,13 +17,16 @@ from typing import Any
 
 import torch
 
-DRIVERS = ("batch_parallel", "per_step")
+DRIVERS = ("batch_parallel", "per_step", "persistent")
 PASSES = ("forward", "backward")
 VARIABLE = "RNNKERN_TRITON_CONFIG"
 _SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}  # KiB that one program may have
 _BATCH_PARALLEL_H = {1: 0, 2: 128, 4: 64, 8: 16}  # by bytes of an element: the largest H whose weights fit one program
 
 _LEAST = {"block_b": 4, "block_h": 16, "block_k": 16}  # rows are padded to what an instruction multiplies
+# Of a persistent program's thread, by `_registers` and Question.exact: with more, kernels spill.
+_MOST_REGISTERS = {False: 176, True: 124}
+_PERSISTENT = {"block_b": (4, 64), "block_h": (8, 64), "block_k": (16, 4096)}  # least and most
 _TILES = (16, 32, 64)
 _LARGEST = {2: 32, 4: 32, 8: 16}  # edge of a tile, by bytes of an element; larger ones spill
 _SUMS = {2: 16384, 4: 1536, 8: 1024}  # sums of a program, likewise
@@ -66,7 +70,7 @@ class Config:
     driver: str
     block_b: int  # batch rows of a program
     block_h: int  # units of a program (batch_parallel: all of them)
-    block_k: int  # width of a slice of the product (batch_parallel: all of it)
+    block_k: int  # width of a slice of the product (batch_parallel: all of it; persistent: what is awaited at once)
     warps: int
     stages: int
 
@@ -74,13 +78,15 @@ class Config:
         if self.driver not in DRIVERS:
             raise ValueError(f"driver {self.driver!r}: expected one of {', '.join(DRIVERS)}")
         for field in fields(self)[1:]:
-            value, least = getattr(self, field.name), _LEAST.get(field.name, 1)
+            value, least, most = getattr(self, field.name), _LEAST.get(field.name, 1), 256
+            if self.driver == "persistent":
+                least, most = _PERSISTENT.get(field.name, (1, 16))
             power = type(value) is int and value > 0 and not value & (value - 1)
             if field.name == "stages":
                 power = type(value) is int
-            if not power or not least <= value <= 256:
+            if not power or not least <= value <= most:
                 kind = "an integer" if field.name == "stages" else "a power of two"
-                raise ValueError(f"{field.name}={value!r}: expected {kind} from {least} to 256")
+                raise ValueError(f"{field.name}={value!r}: expected {kind} from {least} to {most}")
 
     def options(self, target: Target) -> dict[str, int]:
         """Triton's launch options. All registers that there are: else ptxas spills some for more programs at once."""
@@ -102,6 +108,7 @@ class Question:
     N: int
     project: bool
     target: Target
+    exact: bool = False  # fp32 in three products of TF32
 
 
 def precision(asked: str, dtype: torch.dtype, target: Target) -> str:
@@ -113,14 +120,14 @@ def precision(asked: str, dtype: torch.dtype, target: Target) -> str:
     return "tf32" if asked == "tf32" else "tf32x3"
 
 
-def choose(question: Question) -> Config:
-    """The environment's word where there is one, else the table's, else the model's.
+def choose(question: Question, driver: str | None = None) -> Config:
+    """The environment's word where there is one, else the caller's, else the table's, else the model's.
 
     Raises:
         ValueError: RNNKERN_TRITON_CONFIG is not understood.
     """
     asked = parse(os.environ.get(VARIABLE, ""))
-    driver = asked.get("driver")
+    driver = asked.get("driver", driver)
     found = look_up(shipped_table(), question)
     if found is None or (driver is not None and driver != found.driver):
         found = model(question, driver)
@@ -168,11 +175,90 @@ def fits_batch_parallel(question: Question) -> str:
     return ""
 
 
+def parts(width: int, most: int) -> tuple[int, ...]:
+    """Powers of two up to `most`, largest first, that hold a width with little padding."""
+    found: list[int] = []
+    while width > 0:
+        above = power_of_two(width)
+        close = above == 16 or 8 * (above - width) <= width
+        size = min(most, above if close else above // 2)
+        found.append(size)
+        width -= size
+    return tuple(found)
+
+
+def handed_over(q: Question) -> int:
+    """Width of the rows that persistent programs hand to each other: of h, or of all gate gradients."""
+    return q.H if q.direction == "forward" else q.gates * q.H
+
+
+def fits_persistent(q: Question, config: Config) -> str:
+    """Why the persistent driver cannot do it so, or nothing."""
+    if q.target.kind == "hip":
+        return f"{q.target.name} (persistent programs hand values over by instructions of NVIDIA's)"
+    if q.target.arch < 80:
+        return f"{q.target.name} (persistent is for sm_80 and later)"
+    if q.project:
+        return "a projection (persistent has no second product; per_step does it)"
+    if q.dtype == torch.float64:
+        return "torch.float64 (persistent holds all weights on the chip; per_step does it)"
+    crowded = _registers(q, config) > _MOST_REGISTERS[q.exact] or sum(_on_chip(q, config)) > q.target.shared
+    if config.warps > 8 or crowded:
+        return f"H={q.H} in tiles of {config.block_b} rows and {config.block_h} units: more than fits one processor"
+    programs = -(-q.H // config.block_h) * -(-q.B // config.block_b) * q.N
+    if programs > q.target.processors:  # programs that wait for each other must all run at once
+        return f"{programs} programs at once on {q.target.processors} processors (persistent)"
+    return ""
+
+
+def suits_persistent(q: Question) -> bool:
+    """Whether an estimate has the persistent driver ahead of the others, and it can do it."""
+    most = (32768 if q.dtype.itemsize == 2 else 16384) // (1 if q.direction == "forward" else 2)
+    return q.B * q.H <= most and bool(fits_batch_parallel(q)) and not fits_persistent(q, _sliced(q))
+
+
+def _on_chip(q: Question, config: Config) -> tuple[int, int]:
+    """Bytes of a program's weights, and of what it awaits at once."""
+    columns = config.block_h * (q.gates if q.direction == "forward" else 1)
+    found = parts(handed_over(q), config.block_k)
+    return sum(found) * columns * q.dtype.itemsize, max(found) * config.block_b * q.dtype.itemsize
+
+
+def _registers(q: Question, config: Config) -> int:
+    """An estimate of a thread's: its part of the weights, and of what is awaited, before and after it is unpacked."""
+    weights, awaited = _on_chip(q, config)
+    shapes = len(set(parts(handed_over(q), config.block_k)))
+    return (weights + 2 * awaited) // (128 * config.warps) + 60 + 20 * shapes
+
+
+def _sliced(q: Question) -> Config:
+    """The tile whose program reads least a step: rows from other processors, and its weights from its own memory."""
+    columns = q.gates if q.direction == "forward" else 1
+    width = handed_over(q)
+
+    def tile(rows: int, units: int, most: int) -> Config:
+        """`most` bytes are awaited at once."""
+        columns = most // (rows * q.dtype.itemsize)
+        return Config("persistent", rows, units, max(16, min(4096, columns, power_of_two(width))), 8, 1)
+
+    def cost(found: Config) -> tuple[bool, int, int]:
+        reads = width * q.dtype.itemsize * (3 * found.block_b + columns * found.block_h)
+        waits = len(parts(width, found.block_k)) * 131072
+        return bool(fits_persistent(q, found)), reads + waits, -found.block_b * found.block_h
+
+    tiles = itertools.product((4, 8, 16), (8, 16, 32), (32768, 16384))
+    return min((tile(*given) for given in tiles), key=cost)
+
+
 def model(q: Question, driver: str | None = None) -> Config:
-    """What sizes alone suggest: all of a small H in one program, else as many programs as there are processors."""
+    """What sizes alone suggest: all of a small H in one program, else as many programs as there are processors.
+
+    Never "persistent", which has not run on a GPU yet: RNNKERN_TRITON_CONFIG asks for it by name. What automatic choice
+    would take is `suits_persistent`.
+    """
     if driver is None:
         driver = "per_step" if fits_batch_parallel(q) else "batch_parallel"
-    return _whole(q) if driver == "batch_parallel" else _tiled(q)
+    return {"batch_parallel": _whole, "per_step": _tiled, "persistent": _sliced}[driver](q)
 
 
 def _whole(q: Question) -> Config:
@@ -257,6 +343,7 @@ def look_up(table: Table, q: Question) -> Config | None:
     kind = str(q.dtype).removeprefix("torch.")
     key = (q.target.name, q.target.processors, q.cell, kind, q.direction, q.H)
     for most, config in table.get(key, ()):
-        if q.B <= most and (config.driver == "per_step" or not fits_batch_parallel(q)):
+        cannot = {"batch_parallel": fits_batch_parallel(q), "persistent": fits_persistent(q, config)}
+        if q.B <= most and not cannot.get(config.driver):
             return config
     return None

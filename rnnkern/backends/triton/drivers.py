@@ -1,23 +1,30 @@
-"""The host's half of the two drivers: from a scan to the launches that do it."""
+"""The host's half of the drivers: from a scan to the launches that do it."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from rnnkern.backends.base import ScanGrads, ScanInputs, ScanOutputs
 from rnnkern.backends.triton import batch_parallel_kernels as whole
 from rnnkern.backends.triton import per_step_kernels as single
-from rnnkern.backends.triton.config import Config, Question, Target, choose
+from rnnkern.backends.triton import persistent_kernels as sliced
+from rnnkern.backends.triton.config import Config, Question, Target, choose, handed_over, parts, precision
+from rnnkern.backends.triton.interpreter import INTERPRETED
 from rnnkern.backends.triton.launch import Launch, launch
+from rnnkern.backends.triton.lost import LOST
 from rnnkern.backends.triton.slots import NAMES
 from rnnkern.backends.triton.work import Work
 from rnnkern.cells import CELLS
 
 # May begin anywhere and have any strides: promised apart.
 _STRIDED = {"gx": "GX_ALIGNED", "dy": "DY_ALIGNED"}
+
+# Reads in vain before a partner counts as lost: seconds, at a trip to the second-level cache each.
+PATIENCE = 1 << 22
 
 
 class Program(NamedTuple):
@@ -26,23 +33,30 @@ class Program(NamedTuple):
     launches: tuple[Launch, ...]
     steps: int = 1
     words: dict[str, Tensor | int] | None = None
+    waits: bool = False  # whether programs wait for each other
 
 
 def question(inputs: ScanInputs, direction: str, target: Target) -> Question:
     spec, gates = inputs.spec, len(CELLS[inputs.spec.cell].gates)
     N, width = inputs.gx.shape[1:]
     H, P = width // gates, inputs.states[0].shape[2]
-    return Question(spec.cell, gates, inputs.gx.dtype, direction, inputs.B, H, P, N, "w_hr" in spec.params, target)
+    dtype, project = inputs.gx.dtype, "w_hr" in spec.params
+    exact = precision(spec.precision, dtype, target) == "tf32x3"
+    return Question(spec.cell, gates, dtype, direction, inputs.B, H, P, N, project, target, exact)
 
 
-def plan_forward(inputs: ScanInputs, target: Target) -> tuple[ScanOutputs, Program]:
+def plan_forward(inputs: ScanInputs, target: Target, driver: str | None = None) -> tuple[ScanOutputs, Program]:
     work = Work(inputs, target)
     out = work.outputs()
     if work.nothing:
         return out, Program(())
-    config = choose(question(inputs, "forward", target))
+    asked = question(inputs, "forward", target)
+    config = choose(asked, driver)
     if config.driver == "batch_parallel":
         return out, _whole(work, whole.forward_scan, config)
+    if config.driver == "persistent":
+        work.to_be_awaited(out.y)
+        return out, _sliced(work, sliced.forward_together, config, handed_over(asked), ("y", "h0", "restart_h"))
     if work.project:
         saved = out.hidden if out.hidden.numel() else _scratch(work, work.H, work.dtype)
         work.arguments["hidden"] = saved
@@ -60,14 +74,19 @@ def plan_backward(
     dfinal: tuple[Tensor, ...],
     dseq: tuple[Tensor, ...],
     target: Target,
+    driver: str | None = None,
 ) -> tuple[ScanGrads, Program]:
     work = Work(inputs, target)
     grads = work.gradients(outputs, dy, dfinal, dseq)
     if work.nothing:
         return grads, Program(())
-    config = choose(question(inputs, "backward", target))
+    asked = question(inputs, "backward", target)
+    config = choose(asked, driver)
     if config.driver == "batch_parallel":
         return grads, _whole(work, whole.backward_scan, config)
+    if config.driver == "persistent":
+        work.to_be_awaited(work.arguments["dgh"])
+        return grads, _sliced(work, sliced.backward_together, config, handed_over(asked), ("dgh",))
     if work.step.mixes_h:
         work.arguments["carry"] = _scratch(work, work.H, work.acc)
     if grads.dreset_states and work.acc != work.dtype:  # a sum over steps is made in the accumulation dtype
@@ -91,6 +110,35 @@ def _whole(work: Work, kernel: object, config: Config) -> Program:
     return Program((launch(kernel, grid, config.options(work.target), constants, work.arguments),))
 
 
+def _sliced(work: Work, kernel: object, config: Config, width: int, read: tuple[str, ...]) -> Program:
+    """`width` and `read` are what programs read of each other: how wide the rows are, and of which tensors."""
+    device, found = work.inputs.gx.device, parts(width, config.block_k)
+    starts = tuple(sum(found[:k]) for k in range(len(found)))
+    constants = work.constants | {
+        "CELL": _cell(work, kernel),
+        "STARTS": starts,
+        "PARTS": found,
+        "WORD": _word(width * work.dtype.itemsize, [work.arguments[name] for name in read]),
+        "RELAXED": work.target.kind == "cuda" and not INTERPRETED,
+        "BLOCK_B": config.block_b,
+        "BLOCK_H": config.block_h,
+        "SLICES": config.warps,
+    }
+    arguments = work.arguments | {"lost": LOST.flag(device), "patience": PATIENCE}
+    grid = (-(-work.H // config.block_h), -(-work.inputs.B // config.block_b), work.N)
+    options = config.options(work.target) | {
+        "launch_cooperative_grid": True
+    }  # refused where they cannot all run at once
+    return Program((launch(kernel, grid, options, constants, arguments),), waits=True)
+
+
+def _word(row: int, tensors: list[Tensor | None]) -> tl.dtype:
+    """The widest integer that rows of `row` bytes are whole numbers of, wherever these tensors begin."""
+    ends = [row, *(t.data_ptr() for t in tensors if t is not None)]
+    fitting = (w for w in (tl.int64, tl.int32) if not any(end % (w.primitive_bitwidth // 8) for end in ends))
+    return next(fitting, tl.int16)
+
+
 def _single(work: Work, kernel: object, config: Config, width: int) -> Launch:
     tiles = {"BLOCK_B": config.block_b, "BLOCK_H": config.block_h, "BLOCK_K": config.block_k}
     grid = (-(-work.inputs.B // config.block_b), -(-width // config.block_h), work.N)
@@ -98,7 +146,7 @@ def _single(work: Work, kernel: object, config: Config, width: int) -> Launch:
 
 
 def _cell(work: Work, kernel: object) -> object:
-    forward = kernel in (single.forward_step, whole.forward_scan)
+    forward = kernel in (single.forward_step, whole.forward_scan, sliced.forward_together)
     return work.step.step if forward else work.step.step_backward
 
 

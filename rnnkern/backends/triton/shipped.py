@@ -1,4 +1,5 @@
-"""Every kernel that automatic choice can launch, for a representative set of scans: what a compile check compiles.
+"""Every kernel that automatic choice can launch, for a representative set of scans: what a compile check compiles; and
+those of the persistent driver where that would suit.
 
 Made by the code that makes launches, from tensors without memory, so that the two cannot drift apart.
 """
@@ -13,8 +14,8 @@ import torch
 
 from rnnkern.backends.base import ScanInputs, ScanSpec, accumulation_dtype
 from rnnkern.backends.triton.cells import STEPS
-from rnnkern.backends.triton.config import Target
-from rnnkern.backends.triton.drivers import plan_backward, plan_forward
+from rnnkern.backends.triton.config import Target, suits_persistent
+from rnnkern.backends.triton.drivers import plan_backward, plan_forward, question
 from rnnkern.backends.triton.launch import TYPES, Launch
 from rnnkern.backends.triton.slots import NAMES, advance, write_table
 from rnnkern.cells import CELLS
@@ -67,14 +68,22 @@ def _of_one(target: Target, cell: str, dtype: torch.dtype, H: int, B: int, kind:
     for precision in ("ieee", "tf32") if dtype == torch.float32 else ("ieee",):
         for save in ("all", "none") if kind != "rich" else ("all",):
             inputs = _inputs(cell, dtype, H, B, kind, save, precision)
-            outputs, program = plan_forward(inputs, target)
-            for one in program.launches:
-                yield f"{title} {precision} save={save}", one
-            if save == "all":
-                dfinal, dseq = outputs.final, outputs.seq
-                _, program = plan_backward(inputs, outputs, outputs.y, dfinal, dseq, target)
+            for driver in _drivers(inputs, "forward", target, kind):
+                outputs, program = plan_forward(inputs, target, driver)
+                for one in program.launches:
+                    yield f"{title} {precision} save={save}", one
+            if save == "none":
+                continue
+            for driver in _drivers(inputs, "backward", target, kind):
+                given = outputs.y, outputs.final, outputs.seq
+                _, program = plan_backward(inputs, outputs, *given, target, driver)
                 for one in program.launches:
                     yield f"{title} {precision}", one
+
+
+def _drivers(inputs: ScanInputs, direction: str, target: Target, kind: str) -> tuple[str | None, ...]:
+    suits = kind == "plain" and suits_persistent(question(inputs, direction, target))
+    return (None, "persistent") if suits else (None,)
 
 
 def _inputs(cell: str, dtype: torch.dtype, H: int, B: int, kind: str, save: str, precision: str) -> ScanInputs:

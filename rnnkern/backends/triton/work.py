@@ -10,6 +10,7 @@ from torch import Tensor
 from rnnkern.backends.base import ScanGrads, ScanInputs, ScanOutputs, accumulation_dtype
 from rnnkern.backends.triton.cells import STEPS
 from rnnkern.backends.triton.config import Target, precision
+from rnnkern.backends.triton.exchange import MISSING
 from rnnkern.backends.triton.launch import TYPES
 from rnnkern.cells import CELLS
 
@@ -104,6 +105,14 @@ class Work:
         size = (self.S, self.N, *shape) if wanted else (0,)
         make = torch.zeros if self.padded else torch.empty
         return make(size, dtype=dtype or self.dtype, device=self.inputs.gx.device)
+
+    def to_be_awaited(self, x: Tensor) -> None:
+        """Marks every element as not there yet; rows past their lengths nobody waits for, and they stay zero."""
+        bits = x.view(torch.int16 if x.dtype.itemsize == 2 else torch.int32)
+        bits.fill_(MISSING)
+        if self.padded and self.inputs.lengths is not None:
+            past = torch.arange(self.inputs.T, device=x.device)[:, None] >= self.inputs.lengths
+            bits.masked_fill_(past.view(-1, 1, 1), 0)
 
     def outputs(self) -> ScanOutputs:
         """Room for the results; the final states begin as the initial ones, which rows of no steps keep."""

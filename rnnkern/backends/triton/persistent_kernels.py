@@ -1,0 +1,330 @@
+"""A whole scan in one launch whose programs keep their weights on the chip and hand states to each other.
+
+A program has BLOCK_H units of BLOCK_B rows of a group for all steps. What it needs of other programs' units (forward h,
+backward the gate gradients) it reads from memory when it has come (exchange.py); programs of other rows or groups it
+never waits for. All programs of the same rows walk the same steps, so whoever is waited for does come.
+
+What is handed over is read, and its product made, in PARTS of powers of two, H = 768 as 512 + 256 and not as 1024; and
+each part in SLICES beside each other, one for a warp, whose sums are added up in the end.
+"""
+
+# mypy: disable-error-code="assignment, misc"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from rnnkern.backends.triton.batch_parallel_kernels import _read, _resets
+from rnnkern.backends.triton.exchange import collect, hand_over
+from rnnkern.backends.triton.places import lengths_of, locate, walks_back
+
+
+@triton.jit
+def _weights(  # type: ignore[no-untyped-def]
+    w, j, START: tl.constexpr, SIZE: tl.constexpr, K: tl.constexpr, H: tl.constexpr, SLICES: tl.constexpr,
+    STEP_K: tl.constexpr, STEP_J: tl.constexpr,
+):  # fmt: skip
+    """[slices, width, BLOCK_H] of the part of W from START on."""
+    WIDTH: tl.constexpr = max(16, SIZE // SLICES)
+    k = START + tl.arange(0, SIZE // WIDTH)[:, None, None] * WIDTH + tl.arange(0, WIDTH)[None, :, None]
+    j = j[None, None, :]
+    return tl.load(w + k * STEP_K + j * STEP_J, mask=(k < K) & (j < H), other=0.0)
+
+
+@triton.jit
+def _part(  # type: ignore[no-untyped-def]
+    rows, needed, waits, patience, START: tl.constexpr, SIZE: tl.constexpr, K: tl.constexpr, SLICES: tl.constexpr,
+    STORAGE: tl.constexpr, WORD: tl.constexpr, RELAXED: tl.constexpr,
+):  # fmt: skip
+    """([slices, BLOCK_B, width] of rows from START on, patience)"""
+    WIDTH: tl.constexpr = max(16, SIZE // SLICES)
+    EACH: tl.constexpr = WORD.primitive_bitwidth // STORAGE.primitive_bitwidth
+    first = (START + tl.arange(0, SIZE // WIDTH) * WIDTH) // EACH
+    k = first[:, None, None] + tl.arange(0, WIDTH // EACH)[None, None, :]
+    words = rows.to(tl.pointer_type(WORD))[None, :, None] + k
+    inside = k < K // EACH
+    return collect(words, needed[None, :, None] & inside, waits[None, :, None] & inside, patience, STORAGE, RELAXED)
+
+
+@triton.jit
+def _spoil(base, rows, mask, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """NaN in whole rows."""
+    nan = tl.full((rows.shape[0], 64), float("nan"), base.dtype.element_ty)
+    for first in range(0, WIDTH, 64):
+        j = first + tl.arange(0, 64)
+        tl.store(base + (rows * WIDTH)[:, None] + j[None, :], nan, mask=mask[:, None] & (j < WIDTH)[None, :])
+
+
+@triton.jit(do_not_specialize=["T", "B", "gx_row", "gx_group", "reset_row", "reset_group", "patience"])
+def forward_together(  # type: ignore[no-untyped-def]
+    gx, w, bias, h0, c0, restart_h, restart_c, reset, lengths, offsets, y, h_last, c_last, seq, planes, lost,
+    T, B, gx_row, gx_group, reset_row, reset_group, patience,
+    CELL: tl.constexpr, GATES: tl.constexpr, SAVED: tl.constexpr, HAS_C: tl.constexpr,
+    H: tl.constexpr, N: tl.constexpr, PERIOD: tl.constexpr, REVERSE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESET: tl.constexpr, HAS_RESTART: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+    HAS_OFFSETS: tl.constexpr, SAVE_STATES: tl.constexpr, SAVE_PLANES: tl.constexpr,
+    STORAGE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, GX_ALIGNED: tl.constexpr,
+    STARTS: tl.constexpr, PARTS: tl.constexpr, WORD: tl.constexpr, RELAXED: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, SLICES: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(2).to(tl.int64)
+    b = tl.program_id(1).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    j = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
+    T = T.to(tl.int64)
+    B = B.to(tl.int64)
+    gx_row = gx_row.to(tl.int64)
+    gx_group = gx_group.to(tl.int64)
+    if GX_ALIGNED:
+        gx_row = tl.multiple_of(gx_row, 16)
+        gx_group = tl.multiple_of(gx_group, 16)
+    back = walks_back(n, PERIOD, REVERSE)
+    length = lengths_of(b, B, T, lengths, HAS_LENGTHS)
+    inside = (j < H)[None, :]
+    own = n * B + b
+    batch = (b < B)[:, None] & inside
+
+    weights = ()
+    for p in tl.static_range(len(PARTS)):
+        for g in tl.static_range(GATES):
+            square = w + (n * GATES + g) * H * H
+            weights = weights + (_weights(square, j, STARTS[p], PARTS[p], H, H, SLICES, 1, H),)
+    gate_bias = ()
+    for g in tl.static_range(GATES):
+        start = tl.zeros((BLOCK_B, BLOCK_H), ACC)
+        if HAS_BIAS:
+            start += tl.load(bias + (n * GATES + g) * H + j, mask=j < H, other=0.0).to(ACC)[None, :]
+        gate_bias = gate_bias + (start,)
+    states = (_read(h0, own, j, batch, ACC, H),)
+    if HAS_C:
+        states = states + (_read(c0, own, j, batch, ACC, H),)
+
+    steps = tl.max(length)
+    first = tl.where(back, T - steps, 0)
+    before = b
+    went = b < 0
+    s = steps * 0
+    while (s < steps) & (patience > 0):
+        row, alive = locate(first + s, back, b, length, B, T, offsets, HAS_OFFSETS)
+        mask = alive[:, None] & inside
+        source = gx + (row * gx_row + n * gx_group)[:, None] + j[None, :]
+        x = ()
+        for g in tl.static_range(GATES):
+            x = x + (tl.load(source + g * H, mask=mask, other=0.0).to(ACC),)
+        replaced = _resets(reset, reset_row, reset_group, row, n, alive, HAS_RESET)
+        entering = states
+        # Rows of h as the product takes them: of the step before, or of the states that a row begins with.
+        rows = tl.where(went, y + (before * N + n) * H, h0 + own * H)
+        needed = alive
+        if HAS_RESET:
+            if HAS_RESTART:
+                rows = tl.where(replaced, restart_h + own * H, rows)
+                entering = (tl.where(replaced[:, None], _read(restart_h, own, j, batch, ACC, H), states[0]),)
+                if HAS_C:
+                    again = tl.where(replaced[:, None], _read(restart_c, own, j, batch, ACC, H), states[1])
+                    entering = entering + (again,)
+            else:
+                needed = alive & (replaced == 0)
+                entering = (tl.where(replaced[:, None], 0.0, states[0]),)
+                if HAS_C:
+                    entering = entering + (tl.where(replaced[:, None], 0.0, states[1]),)
+        waits = alive & went & (replaced == 0)
+        gh = gate_bias
+        for p in tl.static_range(len(PARTS)):
+            h, patience = _part(rows, needed, waits, patience, STARTS[p], PARTS[p], H, SLICES, STORAGE, WORD, RELAXED)
+            sums = ()
+            for g in tl.static_range(GATES):
+                product = tl.dot(h, weights[p * GATES + g], input_precision=PRECISION, out_dtype=ACC)
+                sums = sums + (gh[g] + tl.sum(product, axis=0),)
+            gh = sums
+
+        new, activations = CELL(x, gh, entering)
+
+        h = new[0].to(STORAGE)
+        at = row * N + n
+        hand_over(y + (at * H)[:, None] + j[None, :], h, mask, RELAXED)
+        states_now = (tl.where(mask, h.to(ACC), states[0]),)  # what is past H stays 0, whatever the cell makes of it
+        if HAS_C:
+            states_now = states_now + (tl.where(mask, new[1], states[1]),)
+            if SAVE_STATES:
+                tl.store(seq + (at * H)[:, None] + j[None, :], new[1], mask=mask)
+        states = states_now
+        if SAVE_PLANES:
+            for q in tl.static_range(SAVED):
+                place = planes + ((at * SAVED + q) * H)[:, None] + j[None, :]
+                tl.store(place, activations[q].to(STORAGE), mask=mask)
+        before = row
+        went = alive
+        s += 1
+
+    if patience > 0:
+        ends = (own * H)[:, None] + j[None, :]
+        tl.store(h_last + ends, states[0].to(STORAGE), mask=batch)
+        if HAS_C:
+            tl.store(c_last + ends, states[1], mask=batch)
+    else:  # a partner was lost: its units, too, become NaN from the step on that it did not come to
+        tl.store(lost, 1)
+        for late in range(tl.maximum(s - 2, 0), steps):
+            row, alive = locate(first + late, back, b, length, B, T, offsets, HAS_OFFSETS)
+            _spoil(y, row * N + n, alive, H)
+            if HAS_C and SAVE_STATES:
+                _spoil(seq, row * N + n, alive, H)
+            if SAVE_PLANES:
+                _spoil(planes, row * N + n, alive, SAVED * H)
+        _spoil(h_last, own, b < B, H)
+        if HAS_C:
+            _spoil(c_last, own, b < B, H)
+
+
+@triton.jit
+def _d_states(  # type: ignore[no-untyped-def]
+    rows, came, weights, carry, d_restart, was_reset, patience,
+    K: tl.constexpr, STARTS: tl.constexpr, PARTS: tl.constexpr, SLICES: tl.constexpr, HAS_RESET: tl.constexpr,
+    STORAGE: tl.constexpr, WORD: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, RELAXED: tl.constexpr,
+):  # fmt: skip
+    """(dh as it leaves the step before, what goes to the reset state, patience) from a step's gate gradients and its
+    carry."""
+    total = carry
+    for p in tl.static_range(len(PARTS)):
+        d, patience = _part(rows, came, came, patience, STARTS[p], PARTS[p], K, SLICES, STORAGE, WORD, RELAXED)
+        total += tl.sum(tl.dot(d, weights[p], input_precision=PRECISION, out_dtype=ACC), axis=0)
+    total = tl.where(came[:, None], total, carry)  # with NaN in W, the product of nothing is not 0
+    if HAS_RESET:
+        d_restart = tl.where(was_reset[:, None], d_restart + total, d_restart)
+        total = tl.where(was_reset[:, None], 0.0, total)
+    return total, d_restart, patience
+
+
+@triton.jit(do_not_specialize=["T", "B", "dy_row", "dy_group", "reset_row", "reset_group", "patience"])
+def backward_together(  # type: ignore[no-untyped-def]
+    w, h0, c0, restart_h, restart_c, reset, lengths, offsets, y, seq, planes, dy, dseq,
+    dgx, dgh, dh0, dc0, drestart_h, drestart_c, lost,
+    T, B, dy_row, dy_group, reset_row, reset_group, patience,
+    CELL: tl.constexpr, GATES: tl.constexpr, SAVED: tl.constexpr, HAS_C: tl.constexpr, MIXES_H: tl.constexpr,
+    SPLIT: tl.constexpr, HAS_DSEQ: tl.constexpr, H: tl.constexpr, N: tl.constexpr,
+    PERIOD: tl.constexpr, REVERSE: tl.constexpr,
+    HAS_RESET: tl.constexpr, HAS_RESTART: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_OFFSETS: tl.constexpr,
+    STORAGE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, DY_ALIGNED: tl.constexpr,
+    STARTS: tl.constexpr, PARTS: tl.constexpr, WORD: tl.constexpr, RELAXED: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, SLICES: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(2).to(tl.int64)
+    b = tl.program_id(1).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    j = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
+    T = T.to(tl.int64)
+    B = B.to(tl.int64)
+    dy_row = dy_row.to(tl.int64)
+    dy_group = dy_group.to(tl.int64)
+    if DY_ALIGNED:
+        dy_row = tl.multiple_of(dy_row, 16)
+        dy_group = tl.multiple_of(dy_group, 16)
+    back = walks_back(n, PERIOD, REVERSE)
+    length = lengths_of(b, B, T, lengths, HAS_LENGTHS)
+    inside = (j < H)[None, :]
+    own = n * B + b
+    batch = (b < B)[:, None] & inside
+    K: tl.constexpr = GATES * H  # dgh is as wide, and W as high
+
+    weights = ()
+    for p in tl.static_range(len(PARTS)):
+        weights = weights + (_weights(w + n * K * H, j, STARTS[p], PARTS[p], K, H, SLICES, H, 1),)
+    zero = tl.zeros((BLOCK_B, BLOCK_H), ACC)
+    # They come holding the gradients of the final states.
+    carry = _read(dh0, own, j, batch, ACC, H)
+    dc = zero
+    if HAS_C:
+        dc = _read(dc0, own, j, batch, ACC, H)
+    d_restart_h = zero
+    d_restart_c = zero
+    came = b < 0
+    was_reset = b < 0
+    after = b  # rows of the step before in this loop, which is the step after
+
+    steps = tl.max(length)
+    first = tl.where(back, T - steps, 0)
+    s = steps
+    while (s > 0) & (patience > 0):
+        s -= 1
+        row, alive = locate(first + s, back, b, length, B, T, offsets, HAS_OFFSETS)
+        before, went = locate(first + s - 1, back, b, length, B, T, offsets, HAS_OFFSETS)
+        mask = alive[:, None] & inside
+        at = row * N + n
+        activations = ()
+        for q in tl.static_range(SAVED):
+            place = planes + ((at * SAVED + q) * H)[:, None] + j[None, :]
+            activations = activations + (tl.load(place, mask=mask, other=0.0).to(ACC),)
+        given = tl.load(dy + (row * dy_row + n * dy_group)[:, None] + j[None, :], mask=mask, other=0.0).to(ACC)
+        replaced = _resets(reset, reset_row, reset_group, row, n, alive, HAS_RESET)
+        there = went & (replaced == 0)
+        start = alive & (went == 0) & (replaced == 0)
+        entering = (zero,)
+        if MIXES_H:
+            h = _read(y, before * N + n, j, there[:, None] & inside, ACC, H)
+            h += _read(h0, own, j, start[:, None] & inside, ACC, H)
+            if HAS_RESTART:
+                h += _read(restart_h, own, j, replaced[:, None] & inside, ACC, H)
+            entering = (h,)
+        if HAS_C:
+            c = _read(seq, before * N + n, j, there[:, None] & inside, ACC, H)
+            c += _read(c0, own, j, start[:, None] & inside, ACC, H)
+            if HAS_RESTART:
+                c += _read(restart_c, own, j, replaced[:, None] & inside, ACC, H)
+            entering = entering + (c,)
+            if HAS_DSEQ:
+                dc += _read(dseq, at, j, mask, ACC, H)
+
+        total, d_restart_h, patience = _d_states(
+            dgh + (after * N + n) * K, came, weights, carry, d_restart_h, was_reset, patience,
+            K, STARTS, PARTS, SLICES, HAS_RESET, STORAGE, WORD, ACC, PRECISION, RELAXED,
+        )  # fmt: skip
+        dstates = (total + given,)
+        if HAS_C:
+            dstates = dstates + (dc,)
+        gates_x, gates_h, dentering = CELL(dstates, activations, entering)
+
+        place = (at * K)[:, None] + j[None, :]
+        for g in tl.static_range(GATES):
+            hand_over(dgh + place + g * H, gates_h[g].to(STORAGE), mask, RELAXED)
+            if SPLIT:
+                tl.store(dgx + place + g * H, gates_x[g].to(STORAGE), mask=mask)
+        left = zero
+        if MIXES_H:
+            left = dentering[0]
+        carry = tl.where(mask, left, total)
+        came = alive
+        was_reset = replaced
+        after = row
+        if HAS_C:
+            left = dentering[1]
+            if HAS_RESET:
+                d_restart_c = tl.where(replaced[:, None], d_restart_c + left, d_restart_c)
+                left = tl.where(replaced[:, None], 0.0, left)
+            dc = tl.where(mask, left, dc)
+
+    total, d_restart_h, patience = _d_states(
+        dgh + (after * N + n) * K, came, weights, carry, d_restart_h, was_reset, patience,
+        K, STARTS, PARTS, SLICES, HAS_RESET, STORAGE, WORD, ACC, PRECISION, RELAXED,
+    )  # fmt: skip
+    if patience > 0:
+        ends = (own * H)[:, None] + j[None, :]
+        tl.store(dh0 + ends, total.to(STORAGE), mask=batch)
+        if HAS_RESTART:
+            tl.store(drestart_h + ends, d_restart_h.to(STORAGE), mask=batch)
+        if HAS_C:
+            tl.store(dc0 + ends, dc, mask=batch)
+            if HAS_RESTART:
+                tl.store(drestart_c + ends, d_restart_c, mask=batch)
+    else:
+        tl.store(lost, 1)
+        for late in range(0, tl.minimum(s + 2, steps)):
+            row, alive = locate(first + late, back, b, length, B, T, offsets, HAS_OFFSETS)
+            _spoil(dgh, row * N + n, alive, K)
+            if SPLIT:
+                _spoil(dgx, row * N + n, alive, K)
+        _spoil(dh0, own, b < B, H)
+        if HAS_RESTART:
+            _spoil(drestart_h, own, b < B, H)
+        if HAS_C:
+            _spoil(dc0, own, b < B, H)
+            if HAS_RESTART:
+                _spoil(drestart_c, own, b < B, H)
