@@ -75,6 +75,17 @@ class override:  # noqa: N801  a function to its callers, as torch.no_grad is
         _switch.disable()
 
 
+def _leave_to_python(function: Any) -> None:
+    """What torch.compiler.disable does, which would import all of Dynamo here.
+
+    Where Dynamo has left a caller out of its graphs, it must not make one of what runs inside of the caller's op.
+    """
+    frames: Any = torch._C._dynamo.eval_frame
+    skip = frames._FrameAction.SKIP
+    frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))  # its callees as well
+    function._torchdynamo_disable = True
+
+
 class _Switch:
     """How many want the override, and what is registered while anybody does."""
 
@@ -85,7 +96,7 @@ class _Switch:
         self.sites: list[tuple[Any, str]] = []
         # A thread may have looked up a kernel and be waiting for the interpreter's lock to enter it when another
         # thread removes it. The handles keep it alive for some more removals, far longer than such a wait takes.
-        self.removed: deque[list[Any]] = deque(maxlen=64)
+        self.removed: deque[list[Any]] = deque(maxlen=256)
 
     def enable(self) -> None:
         with self.lock:
@@ -111,6 +122,7 @@ class _Switch:
         self.library = torch.library.Library("aten", "IMPL")
         try:
             for op, key, kernel in kernels:
+                _leave_to_python(kernel)
                 self.library.impl(op, kernel, key, with_keyset=True)
                 self.sites.append((op, key))
         except BaseException:
@@ -246,4 +258,6 @@ def _on_rnnkern(run: Callable[..., Any], *args: Any) -> Any:
         _thread.inside = False
 
 
+_leave_to_python(_Switch.enable)
+_leave_to_python(_Switch.disable)
 _switch = _Switch()
