@@ -116,9 +116,9 @@ class _Switch:
         devices = ("CPU", "CUDA") if torch.backends.cuda.is_built() else ("CPU",)
         keys = [f"{prefix}{device}" for prefix in ("", "Autograd") for device in devices]
         # All kernels before any is overridden: one at CPU changes which one AutogradCPU would take.
-        kernels = [
-            (op, key, make(cell, _Torch(op, torch.library.get_kernel(op, key)))) for op, make, cell in _ops() for key in keys
-        ]
+        kernels = []
+        for op, make, cell in _ops():
+            kernels += [(op, key, make(cell, _Torch(op, torch.library.get_kernel(op, key)))) for key in keys]
         self.library = torch.library.Library("aten", "IMPL")
         try:
             for op, key, kernel in kernels:
