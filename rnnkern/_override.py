@@ -39,6 +39,7 @@ class override:  # noqa: N801  a function to its callers, as torch.no_grad is
     :mod:`torch.func` transforms, tracers and dispatch modes, calls with tensor subclasses, and errors, which are
     torch's. Devices other than CPUs and CUDA's are not touched. A graph that torch.compile makes of these ops has
     torch's in it, but Dynamo leaves torch.nn's recurrent modules out of graphs, and those then run on rnnkern.
+    Decompose exported programs outside of it: ``run_decompositions`` leaves these ops whole while it is on.
 
     For the whole process and all its threads, in ``with`` or between :meth:`enable` and :meth:`disable`. These are
     counted: the last one to go restores torch's dispatch tables. Turn it on and off while no other thread is inside
