@@ -1,6 +1,7 @@
 """PyTorch's recurrent networks, drop-in and fast. Importing this loads no Triton, Numba or native code."""
 
 from rnnkern import functional
+from rnnkern._override import override
 from rnnkern.convert import accelerate, restore
 from rnnkern.dispatch import backends, use_backend
 from rnnkern.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
@@ -17,6 +18,7 @@ __all__ = [
     "accelerate",
     "backends",
     "functional",
+    "override",
     "restore",
     "use_backend",
 ]

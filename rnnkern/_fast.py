@@ -8,6 +8,7 @@ fit, and every error, goes the general way: these functions then return None and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from operator import is_
 from typing import Any
 
@@ -106,7 +107,8 @@ def layer(module: Any, cell: str, input: Any, hx: Any) -> tuple[Any, ...] | None
     P = module.proj_size
     parts = p.get("weight_ih_l0"), p.get("weight_hh_l0"), p.get("bias_ih_l0"), p.get("bias_hh_l0")
     kind = _BATCH_FIRST if module.batch_first else _LAYER
-    out = _run(module, cell, kind, input, parts, P, p.get("weight_hr_l0") if P else None, hx)
+    w_hr = p.get("weight_hr_l0") if P else None
+    out = _run(module.bias, module.hidden_size, cell, kind, input, parts, P, w_hr, hx)
     if out is None:
         return None
     y, h, c = out
@@ -124,16 +126,45 @@ def step(module: Any, cell: str, input: Any, hx: Any) -> tuple[Any, ...] | None:
         return found if found is None or cell == "lstm" else (found,)
     p = module._parameters
     parts = p.get("weight_ih"), p.get("weight_hh"), p.get("bias_ih"), p.get("bias_hh")
-    out = _run(module, cell, _STEP, input, parts, 0, None, hx)
+    out = _run(module.bias, module.hidden_size, cell, _STEP, input, parts, 0, None, hx)
     return out and (out[0:1] if out[2] is None else (out[0], out[2]))
 
 
+def sequence(
+    cell: str, input: Tensor, hx: tuple[Tensor, ...], params: Sequence[Tensor], bias: bool, batch_first: bool
+) -> tuple[Tensor, ...] | None:
+    """One layer of torch's op in one direction, with no gradient to come: its results as torch's op has them, or None.
+
+    `params` is torch's list of weights.
+    """
+    n = 4 if bias else 2
+    w_hr = params[n] if len(params) == n + 1 and cell == "lstm" else None
+    if type(input) is not Tensor or _closed() or len(params) != n + (w_hr is not None) or params[1].dim() != 2:
+        return None
+    wide, width = params[1].shape
+    parts = (*params[:2], *(params[2:4] if bias else (None, None)))
+    kind = _BATCH_FIRST if batch_first else _LAYER
+    out = _run(bias, wide // _CODES[cell][1], cell, kind, input, parts, 0 if w_hr is None else width, w_hr, hx)
+    return out if out is None or out[2] is not None else out[:2]  # type: ignore[return-value]
+
+
+def one_step(
+    cell: str, input: Tensor, hx: tuple[Tensor, ...], weights: tuple[Tensor | None, ...]
+) -> tuple[Tensor, ...] | None:
+    """torch's op of a cell, with no gradient to come: (h,) or (h, c), or None. `weights` are those of the op."""
+    w_hh, bias = weights[1], weights[2] is not None
+    if type(input) is not Tensor or _closed() or w_hh is None or w_hh.dim() != 2 or bias != (weights[3] is not None):
+        return None
+    out = _run(bias, w_hh.size(1), cell, _STEP, input, weights, 0, None, hx)
+    return out and (out[0:1] if out[2] is None else (out[0], out[2]))  # type: ignore[return-value]
+
+
 def _run(
-    module: Any, cell: str, kind: int, input: Tensor, parts: tuple[Any, ...], P: int, w_hr: Any, hx: Any
+    bias: bool, H: int, cell: str, kind: int, input: Tensor, parts: tuple[Any, ...], P: int, w_hr: Any, hx: Any
 ) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
     """(output, h_n, c_n); a cell's h_n is its output, and None."""
     kernel = _load() if _kernel is None else _kernel
-    if not kernel or (module.bias and (parts[2] is None or parts[3] is None)):
+    if not kernel or (bias and (parts[2] is None or parts[3] is None)):
         return None
     h = c = None
     narrow = cell == "lstm" and input.dtype in _NARROW
@@ -148,7 +179,7 @@ def _run(
                     return None
                 c = c.float()
     number, gates = _CODES[cell]
-    out = kernel(_isa, number, gates, module.hidden_size, P, _threads(), kind, input, *parts, w_hr, h, c)
+    out = kernel(_isa, number, gates, H, P, _threads(), kind, input, *parts, w_hr, h, c)
     if out is None:
         return None
     _choice.last = "cpp"

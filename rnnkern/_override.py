@@ -1,0 +1,264 @@
+"""override(): torch's own recurrent ops run on rnnkern, for code that nobody can edit.
+
+torch.nn's modules, torch.lstm and TorchScript files all end in the same few aten ops, which torch composes of other ops
+on every device. While an override is on, kernels stand at the CPU's and CUDA's dispatch keys of these ops, above and
+below autograd, and hand over to :mod:`rnnkern.functional`. What rnnkern does not take goes to the kernel that was there
+before; so does every call of these ops that rnnkern itself makes, for else it would go round in circles.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rnnkern import _fast, dispatch, functional
+
+_CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")
+_TITLES = {"rnn_tanh": "RNNCell", "rnn_relu": "RNNCell", "gru": "GRUCell", "lstm": "LSTMCell"}
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_PYTHON = torch._C.DispatchKey.PythonDispatcher
+_transforms = torch._C._are_functorch_transforms_active
+_modes = torch._C._len_torch_dispatch_stack
+_included = torch._C._dispatch_tls_is_dispatch_key_included
+_grad = torch.is_grad_enabled
+
+
+class override:  # noqa: N801  a function to its callers, as torch.no_grad is
+    """Run torch's recurrent networks on rnnkern, whoever calls them: the ops themselves are overridden.
+
+    For code that cannot be edited: third-party models, subclasses of torch.nn.LSTM, functions and files of TorchScript.
+    While it is on, ``rnn_tanh``, ``rnn_relu``, ``gru`` and ``lstm``, dense and packed, and their four cells run on
+    rnnkern under the same rules as rnnkern's modules, :class:`use_backend` included. What rnnkern does not take, and
+    what automatic choice leaves to torch, runs on torch's kernels as if nothing had been overridden; so do calls inside
+    :mod:`torch.func` transforms, tracers and dispatch modes, calls with tensor subclasses, and errors, which are
+    torch's. Devices other than CPUs and CUDA's are not touched. A graph that torch.compile makes of these ops has
+    torch's in it, but Dynamo leaves torch.nn's recurrent modules out of graphs, and those then run on rnnkern.
+    Decompose exported programs outside of it: ``run_decompositions`` leaves these ops whole while it is on.
+
+    For the whole process and all its threads, in ``with`` or between :meth:`enable` and :meth:`disable`. These are
+    counted: the last one to go restores torch's dispatch tables. Turn it on and off while no other thread is inside
+    one of these ops if you can; a call under way ends on the kernels with which it began.
+
+    Example::
+
+        >>> model = torch.jit.load("model.pt")
+        >>> with rnnkern.override():
+        ...     output = model(input)
+    """
+
+    def __enter__(self) -> override:
+        self.enable()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.disable()
+
+    @staticmethod
+    def enable() -> None:
+        """Turn it on until :meth:`disable` has been called as many times."""
+        _switch.enable()
+
+    @staticmethod
+    def disable() -> None:
+        """Take back one :meth:`enable`.
+
+        Raises:
+            RuntimeError: there is none.
+        """
+        _switch.disable()
+
+
+def _leave_to_python(function: Any) -> None:
+    """What torch.compiler.disable does, which would import all of Dynamo here.
+
+    Where Dynamo has left a caller out of its graphs, it must not make one of what runs inside of the caller's op.
+    """
+    frames: Any = torch._C._dynamo.eval_frame
+    skip = frames._FrameAction.SKIP
+    frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))  # its callees as well
+    function._torchdynamo_disable = True
+
+
+class _Switch:
+    """How many want the override, and what is registered while anybody does."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.count = 0
+        self.library: torch.library.Library | None = None
+        self.sites: list[tuple[Any, str]] = []
+        # A thread may have looked up a kernel and be waiting for the interpreter's lock to enter it when another
+        # thread removes it. The handles keep it alive for some more removals, far longer than such a wait takes.
+        self.removed: deque[list[Any]] = deque(maxlen=256)
+
+    def enable(self) -> None:
+        with self.lock:
+            if self.count == 0:
+                self._register()
+            self.count += 1
+
+    def disable(self) -> None:
+        with self.lock:
+            if self.count == 0:
+                raise RuntimeError("override: disable() without an enable() before it")
+            self.count -= 1
+            if self.count == 0:
+                self._remove()
+
+    def _register(self) -> None:
+        devices = ("CPU", "CUDA") if torch.backends.cuda.is_built() else ("CPU",)
+        keys = [f"{prefix}{device}" for prefix in ("", "Autograd") for device in devices]
+        # All kernels before any is overridden: one at CPU changes which one AutogradCPU would take.
+        kernels = []
+        for op, make, cell in _ops():
+            kernels += [(op, key, make(cell, _Torch(op, torch.library.get_kernel(op, key)))) for key in keys]
+        self.library = torch.library.Library("aten", "IMPL")
+        try:
+            for op, key, kernel in kernels:
+                _leave_to_python(kernel)
+                self.library.impl(op, kernel, key, with_keyset=True)
+                self.sites.append((op, key))
+        except BaseException:
+            self._remove()
+            raise
+
+    def _remove(self) -> None:
+        assert self.library is not None
+        self.removed.append([torch.library.get_kernel(op, key) for op, key in self.sites])
+        self.library._destroy()
+        for op, _ in self.sites:
+            op._dispatch_cache.clear()  # where Python's dispatcher, that of tracers, keeps what it has looked up
+        self.library, self.sites = None, []
+
+
+def _ops() -> list[tuple[Any, Callable[..., Any], str]]:
+    """(op, what makes its kernel, cell), for every op that is overridden."""
+    aten = torch.ops.aten
+    found: list[tuple[Any, Callable[..., Any], str]] = []
+    for cell in _CELLS:
+        packet = getattr(aten, cell)
+        found.append((packet.input, _dense, cell))
+        found.append((packet.data, _packed, cell))
+        found.append((getattr(aten, f"{cell}_cell").default, _step, cell))
+    return found
+
+
+class _Torch(NamedTuple):
+    """An op as torch runs it."""
+
+    op: Any
+    kernel: Any
+
+    def __call__(self, keys: Any, *args: Any) -> Any:
+        if _included(_PYTHON):  # a tracer, for which torch has decompositions in Python
+            return self.op.decompose(*args)
+        dispatch.ran("torch")
+        return self.kernel.call_boxed(keys, *args)
+
+
+class _Thread(threading.local):
+    inside = False  # of rnnkern, called by a kernel of this module
+
+
+_thread = _Thread()
+
+
+def _watched(*tensors: Tensor) -> bool:
+    """Whether somebody follows torch's own ops here: rnnkern's would be nothing to them.
+
+    In a transform of torch.func this runs at one level of several, where a custom function may not begin another.
+    """
+    return bool(_transforms() or _modes() or _included(_PYTHON) or not _PLAIN.issuperset(map(type, tensors)))
+
+
+def _dense(cell: str, original: _Torch) -> Callable[..., Any]:
+    two = cell == "lstm"
+
+    def kernel(
+        keys: Any, input: Tensor, hx: Any, params: list[Tensor], bias: bool, num_layers: int, dropout: float,
+        training: bool, bidirectional: bool, batch_first: bool,
+    ) -> Any:  # fmt: skip
+        states = tuple(hx) if two else (hx,)
+        if num_layers == 1 and not bidirectional and not _grad():
+            short = _fast.sequence(cell, input, states, params, bias, batch_first)
+            if short is not None:
+                return short
+        options = (bias, num_layers, dropout, training, bidirectional, batch_first)
+        if not _thread.inside and input.dim() == 3 and not _watched(input, *states, *params):
+            T, B = (input.size(1), input.size(0)) if batch_first else (input.size(0), input.size(1))
+            if not dispatch.wants_torch(input.device, input.dtype, cell, B, False, T):
+                found = _on_rnnkern(functional.run, cell, input, states, params, *options)
+                if found is not None:
+                    return (found[0], *found[1])
+        return original(keys, input, hx, params, *options)
+
+    return kernel
+
+
+def _packed(cell: str, original: _Torch) -> Callable[..., Any]:
+    two = cell == "lstm"
+
+    def kernel(
+        keys: Any, data: Tensor, sizes: Tensor, hx: Any, params: list[Tensor], bias: bool, num_layers: int,
+        dropout: float, training: bool, bidirectional: bool,
+    ) -> Any:  # fmt: skip
+        options = (bias, num_layers, dropout, training, bidirectional)
+        states = tuple(hx) if two else (hx,)
+        if not _thread.inside and sizes.dim() == 1 and not _watched(data, sizes, *states, *params):
+            if not dispatch.wants_torch(data.device, data.dtype, cell, 0, True, sizes.size(0)):
+                found = _on_rnnkern(functional.run, cell, data, states, params, *options, False, sizes)
+                if found is not None:
+                    return (found[0], *found[1])
+        return original(keys, data, sizes, hx, params, *options)
+
+    return kernel
+
+
+def _step(cell: str, original: _Torch) -> Callable[..., Any]:
+    two, title = cell == "lstm", _TITLES[cell]
+
+    def kernel(
+        keys: Any, input: Tensor, hx: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None,
+        b_hh: Tensor | None = None,
+    ) -> Any:  # fmt: skip
+        states = tuple(hx) if two else (hx,)
+        weights = (w_ih, w_hh, b_ih, b_hh)
+        if not _grad():
+            short = _fast.one_step(cell, input, states, weights)
+            if short is not None:
+                return short if two else short[0]
+        given = (w for w in weights if w is not None)
+        if not _thread.inside and input.dim() == 2 and not _watched(input, *states, *given):
+            if not dispatch.wants_torch(input.device, input.dtype, f"{cell}_cell", input.size(0), False, 1):
+                found = _on_rnnkern(functional.run_cell, cell, title, input, states, *weights)
+                if found is not None:
+                    return found if two else found[0]
+        return original(keys, input, hx, *weights)
+
+    return kernel
+
+
+def _on_rnnkern(run: Callable[..., Any], *args: Any) -> Any:
+    """What rnnkern makes of a call, or None: it refuses it, and torch either can do it or has an error of its own."""
+    _thread.inside = True
+    try:
+        return run(*args)
+    except (IndexError, RuntimeError, ValueError):
+        if dispatch.requested() is not None:
+            raise  # a backend that was asked for by name is never swapped for another
+        return None
+    finally:
+        _thread.inside = False
+
+
+_leave_to_python(_Switch.enable)
+_leave_to_python(_Switch.disable)
+_switch = _Switch()
