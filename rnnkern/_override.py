@@ -9,6 +9,7 @@ before; so does every call of these ops that rnnkern itself makes, for else it w
 from __future__ import annotations
 
 import threading
+import warnings
 from collections import deque
 from collections.abc import Callable
 from types import TracebackType
@@ -163,6 +164,15 @@ class _Torch(NamedTuple):
         dispatch.ran("torch")
         return self.kernel.call_boxed(keys, *args)
 
+    def instead(self, refused: Exception | None, keys: Any, *args: Any) -> Any:
+        """After rnnkern raised `refused`: what is wrong with a call is torch's to say; if it is right, the user hears."""
+        found = self(keys, *args)
+        if refused is not None:
+            warnings.warn(
+                f"override: torch ran {self.op}, which rnnkern refused: {refused}", RuntimeWarning, stacklevel=2
+            )
+        return found
+
 
 class _Thread(threading.local):
     inside = False  # of rnnkern, called by a kernel of this module
@@ -192,13 +202,15 @@ def _dense(cell: str, original: _Torch) -> Callable[..., Any]:
             if short is not None:
                 return short
         options = (bias, num_layers, dropout, training, bidirectional, batch_first)
+        refused = None
         if not _thread.inside and input.dim() == 3 and not _watched(input, *states, *params):
             T, B = (input.size(1), input.size(0)) if batch_first else (input.size(0), input.size(1))
             if not dispatch.wants_torch(input.device, input.dtype, cell, B, False, T):
                 found = _on_rnnkern(functional.run, cell, input, states, params, *options)
-                if found is not None:
+                if not isinstance(found, Exception):
                     return (found[0], *found[1])
-        return original(keys, input, hx, params, *options)
+                refused = found
+        return original.instead(refused, keys, input, hx, params, *options)
 
     return kernel
 
@@ -212,12 +224,14 @@ def _packed(cell: str, original: _Torch) -> Callable[..., Any]:
     ) -> Any:  # fmt: skip
         options = (bias, num_layers, dropout, training, bidirectional)
         states = tuple(hx) if two else (hx,)
+        refused = None
         if not _thread.inside and sizes.dim() == 1 and not _watched(data, sizes, *states, *params):
             if not dispatch.wants_torch(data.device, data.dtype, cell, 0, True, sizes.size(0)):
                 found = _on_rnnkern(functional.run, cell, data, states, params, *options, False, sizes)
-                if found is not None:
+                if not isinstance(found, Exception):
                     return (found[0], *found[1])
-        return original(keys, data, sizes, hx, params, *options)
+                refused = found
+        return original.instead(refused, keys, data, sizes, hx, params, *options)
 
     return kernel
 
@@ -236,25 +250,27 @@ def _step(cell: str, original: _Torch) -> Callable[..., Any]:
             if short is not None:
                 return short if two else short[0]
         given = (w for w in weights if w is not None)
+        refused = None
         if not _thread.inside and input.dim() == 2 and not _watched(input, *states, *given):
             if not dispatch.wants_torch(input.device, input.dtype, f"{cell}_cell", input.size(0), False, 1):
                 found = _on_rnnkern(functional.run_cell, cell, title, input, states, *weights)
-                if found is not None:
+                if not isinstance(found, Exception):
                     return found if two else found[0]
-        return original(keys, input, hx, *weights)
+                refused = found
+        return original.instead(refused, keys, input, hx, *weights)
 
     return kernel
 
 
 def _on_rnnkern(run: Callable[..., Any], *args: Any) -> Any:
-    """What rnnkern makes of a call, or None: it refuses it, and torch either can do it or has an error of its own."""
+    """What rnnkern makes of a call, or the error with which it refuses it."""
     _thread.inside = True
     try:
         return run(*args)
-    except (IndexError, RuntimeError, ValueError):
+    except (IndexError, RuntimeError, ValueError) as error:
         if dispatch.requested() is not None:
             raise  # a backend that was asked for by name is never swapped for another
-        return None
+        return error
     finally:
         _thread.inside = False
 
