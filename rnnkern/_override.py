@@ -165,7 +165,7 @@ class _Torch(NamedTuple):
         return self.kernel.call_boxed(keys, *args)
 
     def instead(self, refused: Exception | None, keys: Any, *args: Any) -> Any:
-        """After rnnkern raised `refused`: what is wrong with a call is torch's to say; if it is right, the user hears."""
+        """After rnnkern raised `refused`: what is wrong with a call is torch's to say; if nothing is, a warning."""
         found = self(keys, *args)
         if refused is not None:
             warnings.warn(

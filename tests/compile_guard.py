@@ -125,33 +125,37 @@ def _examine_hip(assembly: str, finding: Finding) -> None:
         finding.faults.append(f"spills: {spilled} registers")
 
 
-def launches(target: str, everything: bool) -> list[Any]:
+def launches(target: str, everything: bool, brief: bool = False) -> list[Any]:
     """What the backend ships for a target. Kernels that differ in H alone differ in a few numbers: unless `everything`
-    is asked for, one of those is compiled that H divides by 16 and one of those that it does not."""
+    is asked for, one of those is compiled that H divides by 16 and one of those that it does not. `brief`: of each
+    driver, cell and dtype one size."""
     from rnnkern.backends.triton import shipped
 
     different = {}
-    for one in shipped.shipped(shipped.TARGETS[target]):
+    sizes = ((64, 512), (16,)) if brief else (shipped.SIZES, shipped.BATCHES)
+    for one in shipped.shipped(shipped.TARGETS[target], *sizes):
         width = None if everything else one.constexprs.get("H", 0) % 16 == 0
         constants = {k: v for k, v in one.constexprs.items() if everything or k not in ("H", "P")}
         different.setdefault((str(one.kernel), width, str(constants), str(one.signature), str(one.options)), one)
     return list(different.values())
 
 
-_listed: dict[tuple[str, bool], list[Any]] = {}  # of this process
+_listed: dict[tuple[Any, ...], list[Any]] = {}  # of this process
 
 
-def _one(job: tuple[int, str, bool]) -> Finding:
-    index, *asked = job
-    key = (asked[0], asked[1])
-    if key not in _listed:
-        _listed[key] = launches(*key)
-    return examine(*_listed[key][index], target=key[0])
+def _one(job: tuple[int, tuple[str, bool, bool]]) -> Finding:
+    index, asked = job
+    if asked not in _listed:
+        _listed[asked] = launches(*asked)
+    return examine(*_listed[asked][index], target=asked[0])
 
 
-def survey(targets: Iterable[str], processes: int, everything: bool) -> Iterable[Finding]:
+def survey(targets: Iterable[str], processes: int, everything: bool, brief: bool) -> Iterable[Finding]:
     """Every launch on every target, as they are done."""
-    jobs = [(index, target, everything) for target in targets for index in range(len(launches(target, everything)))]
+    jobs = []
+    for target in targets:
+        asked = (target, everything, brief)
+        jobs += [(index, asked) for index in range(len(launches(*asked)))]
     # Not forked: the compiler's libraries have threads of their own.
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         yield from pool.map(_one, jobs, chunksize=4)
@@ -161,6 +165,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("targets", nargs="*", default=list(TARGETS), help=f"of {', '.join(TARGETS)}")
     parser.add_argument("--all", action="store_true", help="compile for every H, not only for every configuration")
+    parser.add_argument("--brief", action="store_true", help="of each driver, cell and dtype one size")
     parser.add_argument("--verbose", action="store_true", help="print a line for those that fit as well")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args()
@@ -168,7 +173,7 @@ def main() -> int:
     if unknown:
         parser.error(f"unknown targets {', '.join(unknown)}: expected some of {', '.join(TARGETS)}")
     count = faulty = 0
-    for finding in survey(args.targets, args.processes, args.all):
+    for finding in survey(args.targets, args.processes, args.all, args.brief):
         count += 1
         faulty += bool(finding.faults)
         if finding.faults or args.verbose:
