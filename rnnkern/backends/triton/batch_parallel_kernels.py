@@ -13,20 +13,21 @@ import triton
 import triton.language as tl
 
 from rnnkern.backends.triton.places import lengths_of, locate, walks_back
-
-
-@triton.jit
-def _resets(reset, reset_row, reset_group, row, n, alive, HAS_RESET: tl.constexpr):  # type: ignore[no-untyped-def]
-    if HAS_RESET:
-        return tl.load(reset + row * reset_row + n * reset_group, mask=alive, other=0) != 0
-    else:
-        return row < 0
-
-
-@triton.jit
-def _read(base, rows, j, mask, ACC: tl.constexpr, H: tl.constexpr):  # type: ignore[no-untyped-def]
-    """[BLOCK_B, BLOCK_H] rows of a tensor that is H wide."""
-    return tl.load(base + (rows * H)[:, None] + j[None, :], mask=mask, other=0.0).to(ACC)
+from rnnkern.backends.triton.whole_scan import (
+    after_resets,
+    biases,
+    d_leave,
+    end,
+    gate_inputs,
+    initial,
+    leave,
+    read,
+    resets,
+    saved_activations,
+    saved_states,
+    through,
+    wide,
+)
 
 
 @triton.jit(do_not_specialize=["T", "B", "gx_row", "gx_group", "reset_row", "reset_group"])
@@ -44,11 +45,8 @@ def forward_scan(  # type: ignore[no-untyped-def]
     b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     T = T.to(tl.int64)
     B = B.to(tl.int64)
-    gx_row = gx_row.to(tl.int64)
-    gx_group = gx_group.to(tl.int64)
-    if GX_ALIGNED:
-        gx_row = tl.multiple_of(gx_row, 16)
-        gx_group = tl.multiple_of(gx_group, 16)
+    gx_row = wide(gx_row, GX_ALIGNED)
+    gx_group = wide(gx_group, GX_ALIGNED)
     back = walks_back(n, PERIOD, REVERSE)
     length = lengths_of(b, B, T, lengths, HAS_LENGTHS)
     j = tl.arange(0, BLOCK_H)
@@ -57,17 +55,11 @@ def forward_scan(  # type: ignore[no-untyped-def]
     batch = (b < B)[:, None] & inside
 
     weights = ()
-    gate_bias = ()
     for g in tl.static_range(GATES):
         square = w + (n * GATES + g) * H * H + j[None, :] * H + j[:, None]
         weights = weights + (tl.load(square, mask=(j < H)[:, None] & inside, other=0.0),)
-        start = tl.zeros((BLOCK_B, BLOCK_H), ACC)
-        if HAS_BIAS:
-            start += tl.load(bias + (n * GATES + g) * H + j, mask=j < H, other=0.0).to(ACC)[None, :]
-        gate_bias = gate_bias + (start,)
-    states = (_read(h0, own, j, batch, ACC, H),)
-    if HAS_C:
-        states = states + (_read(c0, own, j, batch, ACC, H),)
+    gate_bias = biases(bias, n, j, GATES, HAS_BIAS, ACC, H, BLOCK_B, BLOCK_H)
+    states = initial(h0, c0, own, j, batch, HAS_C, ACC, H)
 
     # A tile's rows may all end early: its walk has only the steps that one of them has.
     steps = tl.max(length)
@@ -75,21 +67,11 @@ def forward_scan(  # type: ignore[no-untyped-def]
     for s in range(0, steps):
         row, alive = locate(first + s, back, b, length, B, T, offsets, HAS_OFFSETS)
         mask = alive[:, None] & inside
-        source = gx + (row * gx_row + n * gx_group)[:, None] + j[None, :]
-        x = ()
-        for g in tl.static_range(GATES):
-            x = x + (tl.load(source + g * H, mask=mask, other=0.0).to(ACC),)
-        entering = states
-        if HAS_RESET:
-            replaced = _resets(reset, reset_row, reset_group, row, n, alive, HAS_RESET)[:, None]
-            if HAS_RESTART:
-                entering = (tl.where(replaced, _read(restart_h, own, j, batch, ACC, H), states[0]),)
-                if HAS_C:
-                    entering = entering + (tl.where(replaced, _read(restart_c, own, j, batch, ACC, H), states[1]),)
-            else:
-                entering = (tl.where(replaced, 0.0, states[0]),)
-                if HAS_C:
-                    entering = entering + (tl.where(replaced, 0.0, states[1]),)
+        x = gate_inputs(gx, row * gx_row + n * gx_group, j, mask, GATES, ACC, H)
+        replaced = resets(reset, reset_row, reset_group, row, n, alive, HAS_RESET)
+        entering = after_resets(
+            states, replaced, restart_h, restart_c, own, j, batch, HAS_C, HAS_RESET, HAS_RESTART, ACC, H
+        )
         h = entering[0].to(STORAGE)
         gh = ()
         for g in tl.static_range(GATES):
@@ -100,21 +82,12 @@ def forward_scan(  # type: ignore[no-untyped-def]
         h = new[0].to(STORAGE)
         at = row * N + n
         tl.store(y + (at * H)[:, None] + j[None, :], h, mask=mask)
-        states_now = (tl.where(mask, h.to(ACC), states[0]),)  # what is past H stays 0, whatever the cell makes of it
-        if HAS_C:
-            states_now = states_now + (tl.where(mask, new[1], states[1]),)
-            if SAVE_STATES:
-                tl.store(seq + (at * H)[:, None] + j[None, :], new[1], mask=mask)
-        states = states_now
-        if SAVE_PLANES:
-            for q in tl.static_range(SAVED):
-                place = planes + ((at * SAVED + q) * H)[:, None] + j[None, :]
-                tl.store(place, activations[q].to(STORAGE), mask=mask)
+        states = leave(
+            h, new, activations, states, seq, planes, at, j, mask,
+            SAVED, HAS_C, SAVE_STATES, SAVE_PLANES, STORAGE, ACC, H,
+        )  # fmt: skip
 
-    ends = (own * H)[:, None] + j[None, :]
-    tl.store(h_last + ends, states[0].to(STORAGE), mask=batch)
-    if HAS_C:
-        tl.store(c_last + ends, states[1], mask=batch)
+    end(h_last, c_last, states, own, j, batch, HAS_C, STORAGE, H)
 
 
 @triton.jit
@@ -126,11 +99,7 @@ def _d_states(  # type: ignore[no-untyped-def]
     total = carry
     for g in tl.static_range(GATES):
         total = tl.dot(pending[g], weights[g], total, input_precision=PRECISION, out_dtype=ACC)
-    total = tl.where(came[:, None], total, carry)  # with NaN in W, the product of nothing is not 0
-    if HAS_RESET:
-        d_restart = tl.where(was_reset[:, None], d_restart + total, d_restart)
-        total = tl.where(was_reset[:, None], 0.0, total)
-    return total, d_restart
+    return through(total, carry, d_restart, came, was_reset, HAS_RESET)
 
 
 @triton.jit(do_not_specialize=["T", "B", "dy_row", "dy_group", "reset_row", "reset_group"])
@@ -149,11 +118,8 @@ def backward_scan(  # type: ignore[no-untyped-def]
     b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     T = T.to(tl.int64)
     B = B.to(tl.int64)
-    dy_row = dy_row.to(tl.int64)
-    dy_group = dy_group.to(tl.int64)
-    if DY_ALIGNED:
-        dy_row = tl.multiple_of(dy_row, 16)
-        dy_group = tl.multiple_of(dy_group, 16)
+    dy_row = wide(dy_row, DY_ALIGNED)
+    dy_group = wide(dy_group, DY_ALIGNED)
     back = walks_back(n, PERIOD, REVERSE)
     length = lengths_of(b, B, T, lengths, HAS_LENGTHS)
     j = tl.arange(0, BLOCK_H)
@@ -169,10 +135,10 @@ def backward_scan(  # type: ignore[no-untyped-def]
         pending = pending + (tl.zeros((BLOCK_B, BLOCK_H), STORAGE),)
     zero = tl.zeros((BLOCK_B, BLOCK_H), ACC)
     # They come holding the gradients of the final states.
-    carry = _read(dh0, own, j, batch, ACC, H)
+    carry = read(dh0, own, j, batch, ACC, H)
     dc = zero
     if HAS_C:
-        dc = _read(dc0, own, j, batch, ACC, H)
+        dc = read(dc0, own, j, batch, ACC, H)
     d_restart_h = zero
     d_restart_c = zero
     came = b < 0
@@ -186,30 +152,15 @@ def backward_scan(  # type: ignore[no-untyped-def]
         before, went = locate(step - 1, back, b, length, B, T, offsets, HAS_OFFSETS)
         mask = alive[:, None] & inside
         at = row * N + n
-        activations = ()
-        for q in tl.static_range(SAVED):
-            place = planes + ((at * SAVED + q) * H)[:, None] + j[None, :]
-            activations = activations + (tl.load(place, mask=mask, other=0.0).to(ACC),)
+        activations = saved_activations(planes, at, j, mask, SAVED, ACC, H)
         d = tl.load(dy + (row * dy_row + n * dy_group)[:, None] + j[None, :], mask=mask, other=0.0).to(ACC)
-        replaced = _resets(reset, reset_row, reset_group, row, n, alive, HAS_RESET)
-        there = went & (replaced == 0)
-        start = alive & (went == 0) & (replaced == 0)
-        entering = (zero,)
-        if MIXES_H:
-            h = _read(y, before * N + n, j, there[:, None] & inside, ACC, H)
-            h += _read(h0, own, j, start[:, None] & inside, ACC, H)
-            if HAS_RESTART:
-                h += _read(restart_h, own, j, replaced[:, None] & inside, ACC, H)
-            entering = (h,)
-        dstates = (d,)
-        if HAS_C:
-            c = _read(seq, before * N + n, j, there[:, None] & inside, ACC, H)
-            c += _read(c0, own, j, start[:, None] & inside, ACC, H)
-            if HAS_RESTART:
-                c += _read(restart_c, own, j, replaced[:, None] & inside, ACC, H)
-            entering = entering + (c,)
-            if HAS_DSEQ:
-                dc += _read(dseq, at, j, mask, ACC, H)
+        replaced = resets(reset, reset_row, reset_group, row, n, alive, HAS_RESET)
+        entering = saved_states(
+            y, seq, h0, c0, restart_h, restart_c, before * N + n, own, j, inside, alive, went, replaced, zero,
+            MIXES_H, HAS_C, HAS_RESTART, ACC, H,
+        )  # fmt: skip
+        if HAS_DSEQ:
+            dc += read(dseq, at, j, mask, ACC, H)
 
         total, d_restart_h = _d_states(
             pending, weights, carry, d_restart_h, came, was_reset, GATES, HAS_RESET, ACC, PRECISION
@@ -228,27 +179,15 @@ def backward_scan(  # type: ignore[no-untyped-def]
                 tl.store(dgh + place + g * H, rounded, mask=mask)
             now = now + (tl.where(mask, rounded, pending[g]),)
         pending = now
-        left = zero
-        if MIXES_H:
-            left = dentering[0]
-        carry = tl.where(mask, left, total)
+        carry, dc, d_restart_c = d_leave(
+            dentering, total, dc, d_restart_c, replaced, mask, zero, MIXES_H, HAS_C, HAS_RESET
+        )
         came = alive
         was_reset = replaced
-        if HAS_C:
-            left = dentering[1]
-            if HAS_RESET:
-                d_restart_c = tl.where(replaced[:, None], d_restart_c + left, d_restart_c)
-                left = tl.where(replaced[:, None], 0.0, left)
-            dc = tl.where(mask, left, dc)
 
     total, d_restart_h = _d_states(
         pending, weights, carry, d_restart_h, came, was_reset, GATES, HAS_RESET, ACC, PRECISION
     )
-    ends = (own * H)[:, None] + j[None, :]
-    tl.store(dh0 + ends, total.to(STORAGE), mask=batch)
+    end(dh0, dc0, (total, dc), own, j, batch, HAS_C, STORAGE, H)
     if HAS_RESTART:
-        tl.store(drestart_h + ends, d_restart_h.to(STORAGE), mask=batch)
-    if HAS_C:
-        tl.store(dc0 + ends, dc, mask=batch)
-        if HAS_RESTART:
-            tl.store(drestart_c + ends, d_restart_c, mask=batch)
+        end(drestart_h, drestart_c, (d_restart_h, d_restart_c), own, j, batch, HAS_C, STORAGE, H)

@@ -15,9 +15,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rnnkern.backends.triton.batch_parallel_kernels import _read, _resets
 from rnnkern.backends.triton.exchange import collect, hand_over
 from rnnkern.backends.triton.places import lengths_of, locate, walks_back
+from rnnkern.backends.triton.whole_scan import (
+    after_resets,
+    biases,
+    d_leave,
+    end,
+    gate_inputs,
+    initial,
+    leave,
+    read,
+    resets,
+    saved_activations,
+    saved_states,
+    through,
+    wide,
+)
 
 
 @triton.jit
@@ -73,11 +87,8 @@ def forward_together(  # type: ignore[no-untyped-def]
     j = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     T = T.to(tl.int64)
     B = B.to(tl.int64)
-    gx_row = gx_row.to(tl.int64)
-    gx_group = gx_group.to(tl.int64)
-    if GX_ALIGNED:
-        gx_row = tl.multiple_of(gx_row, 16)
-        gx_group = tl.multiple_of(gx_group, 16)
+    gx_row = wide(gx_row, GX_ALIGNED)
+    gx_group = wide(gx_group, GX_ALIGNED)
     back = walks_back(n, PERIOD, REVERSE)
     length = lengths_of(b, B, T, lengths, HAS_LENGTHS)
     inside = (j < H)[None, :]
@@ -89,15 +100,8 @@ def forward_together(  # type: ignore[no-untyped-def]
         for g in tl.static_range(GATES):
             square = w + (n * GATES + g) * H * H
             weights = weights + (_weights(square, j, STARTS[p], PARTS[p], H, H, SLICES, 1, H),)
-    gate_bias = ()
-    for g in tl.static_range(GATES):
-        start = tl.zeros((BLOCK_B, BLOCK_H), ACC)
-        if HAS_BIAS:
-            start += tl.load(bias + (n * GATES + g) * H + j, mask=j < H, other=0.0).to(ACC)[None, :]
-        gate_bias = gate_bias + (start,)
-    states = (_read(h0, own, j, batch, ACC, H),)
-    if HAS_C:
-        states = states + (_read(c0, own, j, batch, ACC, H),)
+    gate_bias = biases(bias, n, j, GATES, HAS_BIAS, ACC, H, BLOCK_B, BLOCK_H)
+    states = initial(h0, c0, own, j, batch, HAS_C, ACC, H)
 
     steps = tl.max(length)
     first = tl.where(back, T - steps, 0)
@@ -107,27 +111,18 @@ def forward_together(  # type: ignore[no-untyped-def]
     while (s < steps) & (patience > 0):
         row, alive = locate(first + s, back, b, length, B, T, offsets, HAS_OFFSETS)
         mask = alive[:, None] & inside
-        source = gx + (row * gx_row + n * gx_group)[:, None] + j[None, :]
-        x = ()
-        for g in tl.static_range(GATES):
-            x = x + (tl.load(source + g * H, mask=mask, other=0.0).to(ACC),)
-        replaced = _resets(reset, reset_row, reset_group, row, n, alive, HAS_RESET)
-        entering = states
+        x = gate_inputs(gx, row * gx_row + n * gx_group, j, mask, GATES, ACC, H)
+        replaced = resets(reset, reset_row, reset_group, row, n, alive, HAS_RESET)
+        entering = after_resets(
+            states, replaced, restart_h, restart_c, own, j, batch, HAS_C, HAS_RESET, HAS_RESTART, ACC, H
+        )
         # Rows of h as the product takes them: of the step before, or of the states that a row begins with.
         rows = tl.where(went, y + (before * N + n) * H, h0 + own * H)
         needed = alive
-        if HAS_RESET:
-            if HAS_RESTART:
-                rows = tl.where(replaced, restart_h + own * H, rows)
-                entering = (tl.where(replaced[:, None], _read(restart_h, own, j, batch, ACC, H), states[0]),)
-                if HAS_C:
-                    again = tl.where(replaced[:, None], _read(restart_c, own, j, batch, ACC, H), states[1])
-                    entering = entering + (again,)
-            else:
-                needed = alive & (replaced == 0)
-                entering = (tl.where(replaced[:, None], 0.0, states[0]),)
-                if HAS_C:
-                    entering = entering + (tl.where(replaced[:, None], 0.0, states[1]),)
+        if HAS_RESTART:
+            rows = tl.where(replaced, restart_h + own * H, rows)
+        elif HAS_RESET:
+            needed = alive & (replaced == 0)
         waits = alive & went & (replaced == 0)
         gh = gate_bias
         for p in tl.static_range(len(PARTS)):
@@ -143,25 +138,16 @@ def forward_together(  # type: ignore[no-untyped-def]
         h = new[0].to(STORAGE)
         at = row * N + n
         hand_over(y + (at * H)[:, None] + j[None, :], h, mask, RELAXED)
-        states_now = (tl.where(mask, h.to(ACC), states[0]),)  # what is past H stays 0, whatever the cell makes of it
-        if HAS_C:
-            states_now = states_now + (tl.where(mask, new[1], states[1]),)
-            if SAVE_STATES:
-                tl.store(seq + (at * H)[:, None] + j[None, :], new[1], mask=mask)
-        states = states_now
-        if SAVE_PLANES:
-            for q in tl.static_range(SAVED):
-                place = planes + ((at * SAVED + q) * H)[:, None] + j[None, :]
-                tl.store(place, activations[q].to(STORAGE), mask=mask)
+        states = leave(
+            h, new, activations, states, seq, planes, at, j, mask,
+            SAVED, HAS_C, SAVE_STATES, SAVE_PLANES, STORAGE, ACC, H,
+        )  # fmt: skip
         before = row
         went = alive
         s += 1
 
     if patience > 0:
-        ends = (own * H)[:, None] + j[None, :]
-        tl.store(h_last + ends, states[0].to(STORAGE), mask=batch)
-        if HAS_C:
-            tl.store(c_last + ends, states[1], mask=batch)
+        end(h_last, c_last, states, own, j, batch, HAS_C, STORAGE, H)
     else:  # a partner was lost: its units, too, become NaN from the step on that it did not come to
         tl.store(lost, 1)
         for late in range(tl.maximum(s - 2, 0), steps):
@@ -188,10 +174,7 @@ def _d_states(  # type: ignore[no-untyped-def]
     for p in tl.static_range(len(PARTS)):
         d, patience = _part(rows, came, came, patience, STARTS[p], PARTS[p], K, SLICES, STORAGE, WORD, RELAXED)
         total += tl.sum(tl.dot(d, weights[p], input_precision=PRECISION, out_dtype=ACC), axis=0)
-    total = tl.where(came[:, None], total, carry)  # with NaN in W, the product of nothing is not 0
-    if HAS_RESET:
-        d_restart = tl.where(was_reset[:, None], d_restart + total, d_restart)
-        total = tl.where(was_reset[:, None], 0.0, total)
+    total, d_restart = through(total, carry, d_restart, came, was_reset, HAS_RESET)
     return total, d_restart, patience
 
 
@@ -213,11 +196,8 @@ def backward_together(  # type: ignore[no-untyped-def]
     j = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     T = T.to(tl.int64)
     B = B.to(tl.int64)
-    dy_row = dy_row.to(tl.int64)
-    dy_group = dy_group.to(tl.int64)
-    if DY_ALIGNED:
-        dy_row = tl.multiple_of(dy_row, 16)
-        dy_group = tl.multiple_of(dy_group, 16)
+    dy_row = wide(dy_row, DY_ALIGNED)
+    dy_group = wide(dy_group, DY_ALIGNED)
     back = walks_back(n, PERIOD, REVERSE)
     length = lengths_of(b, B, T, lengths, HAS_LENGTHS)
     inside = (j < H)[None, :]
@@ -230,10 +210,10 @@ def backward_together(  # type: ignore[no-untyped-def]
         weights = weights + (_weights(w + n * K * H, j, STARTS[p], PARTS[p], K, H, SLICES, H, 1),)
     zero = tl.zeros((BLOCK_B, BLOCK_H), ACC)
     # They come holding the gradients of the final states.
-    carry = _read(dh0, own, j, batch, ACC, H)
+    carry = read(dh0, own, j, batch, ACC, H)
     dc = zero
     if HAS_C:
-        dc = _read(dc0, own, j, batch, ACC, H)
+        dc = read(dc0, own, j, batch, ACC, H)
     d_restart_h = zero
     d_restart_c = zero
     came = b < 0
@@ -249,29 +229,15 @@ def backward_together(  # type: ignore[no-untyped-def]
         before, went = locate(first + s - 1, back, b, length, B, T, offsets, HAS_OFFSETS)
         mask = alive[:, None] & inside
         at = row * N + n
-        activations = ()
-        for q in tl.static_range(SAVED):
-            place = planes + ((at * SAVED + q) * H)[:, None] + j[None, :]
-            activations = activations + (tl.load(place, mask=mask, other=0.0).to(ACC),)
+        activations = saved_activations(planes, at, j, mask, SAVED, ACC, H)
         given = tl.load(dy + (row * dy_row + n * dy_group)[:, None] + j[None, :], mask=mask, other=0.0).to(ACC)
-        replaced = _resets(reset, reset_row, reset_group, row, n, alive, HAS_RESET)
-        there = went & (replaced == 0)
-        start = alive & (went == 0) & (replaced == 0)
-        entering = (zero,)
-        if MIXES_H:
-            h = _read(y, before * N + n, j, there[:, None] & inside, ACC, H)
-            h += _read(h0, own, j, start[:, None] & inside, ACC, H)
-            if HAS_RESTART:
-                h += _read(restart_h, own, j, replaced[:, None] & inside, ACC, H)
-            entering = (h,)
-        if HAS_C:
-            c = _read(seq, before * N + n, j, there[:, None] & inside, ACC, H)
-            c += _read(c0, own, j, start[:, None] & inside, ACC, H)
-            if HAS_RESTART:
-                c += _read(restart_c, own, j, replaced[:, None] & inside, ACC, H)
-            entering = entering + (c,)
-            if HAS_DSEQ:
-                dc += _read(dseq, at, j, mask, ACC, H)
+        replaced = resets(reset, reset_row, reset_group, row, n, alive, HAS_RESET)
+        entering = saved_states(
+            y, seq, h0, c0, restart_h, restart_c, before * N + n, own, j, inside, alive, went, replaced, zero,
+            MIXES_H, HAS_C, HAS_RESTART, ACC, H,
+        )  # fmt: skip
+        if HAS_DSEQ:
+            dc += read(dseq, at, j, mask, ACC, H)
 
         total, d_restart_h, patience = _d_states(
             dgh + (after * N + n) * K, came, weights, carry, d_restart_h, was_reset, patience,
@@ -287,33 +253,21 @@ def backward_together(  # type: ignore[no-untyped-def]
             hand_over(dgh + place + g * H, gates_h[g].to(STORAGE), mask, RELAXED)
             if SPLIT:
                 tl.store(dgx + place + g * H, gates_x[g].to(STORAGE), mask=mask)
-        left = zero
-        if MIXES_H:
-            left = dentering[0]
-        carry = tl.where(mask, left, total)
+        carry, dc, d_restart_c = d_leave(
+            dentering, total, dc, d_restart_c, replaced, mask, zero, MIXES_H, HAS_C, HAS_RESET
+        )
         came = alive
         was_reset = replaced
         after = row
-        if HAS_C:
-            left = dentering[1]
-            if HAS_RESET:
-                d_restart_c = tl.where(replaced[:, None], d_restart_c + left, d_restart_c)
-                left = tl.where(replaced[:, None], 0.0, left)
-            dc = tl.where(mask, left, dc)
 
     total, d_restart_h, patience = _d_states(
         dgh + (after * N + n) * K, came, weights, carry, d_restart_h, was_reset, patience,
         K, STARTS, PARTS, SLICES, HAS_RESET, STORAGE, WORD, ACC, PRECISION, RELAXED,
     )  # fmt: skip
     if patience > 0:
-        ends = (own * H)[:, None] + j[None, :]
-        tl.store(dh0 + ends, total.to(STORAGE), mask=batch)
+        end(dh0, dc0, (total, dc), own, j, batch, HAS_C, STORAGE, H)
         if HAS_RESTART:
-            tl.store(drestart_h + ends, d_restart_h.to(STORAGE), mask=batch)
-        if HAS_C:
-            tl.store(dc0 + ends, dc, mask=batch)
-            if HAS_RESTART:
-                tl.store(drestart_c + ends, d_restart_c, mask=batch)
+            end(drestart_h, drestart_c, (d_restart_h, d_restart_c), own, j, batch, HAS_C, STORAGE, H)
     else:
         tl.store(lost, 1)
         for late in range(0, tl.minimum(s + 2, steps)):
