@@ -228,3 +228,83 @@ def assert_same_bits(first: Results, second: Results, inputs: ScanInputs) -> Non
 def compare(backend: Backend, inputs: ScanInputs, grads: tuple) -> None:
     yardstick, truth, saved = references(inputs, grads)
     agree(run(backend, inputs, grads, saved), yardstick, truth, inputs)
+
+
+# ---- what every backend must do, whatever runs it --------------------------------------------------------------------
+
+
+def check_rows_past_a_length(backend: Backend, case: Case, lengths: list[int]) -> None:
+    """They are zero whatever a loss left there, and rows of no steps hand states and gradients through."""
+    inputs = dataclasses.replace(inputs_of(case), lengths=torch.tensor(lengths))
+    dy, dfinal, dseq = gradients_of(case, inputs)
+    past = ~existing(inputs)
+    for t in (inputs.gx, dy, *dseq):
+        t[past] = float("nan")
+    outputs, grads = run(backend, inputs, (dy, dfinal, dseq))
+    assert isinstance(outputs, ScanOutputs) and isinstance(grads, ScanGrads)
+    for what, t in (("y", outputs.y), ("dgx", grads.dgx), ("dgh", grads.dgh), *(("seq", s) for s in outputs.seq)):
+        assert t.numel() == 0 or t[past].eq(0).all(), what
+        assert t.isfinite().all(), what
+    empty = [length == 0 for length in lengths]
+    assert any(empty)
+    for final, start, dstart, dend in zip(outputs.final, inputs.states, grads.dstates, dfinal, strict=True):
+        assert torch.equal(final[:, empty], start[:, empty])
+        assert torch.equal(dstart[:, empty], dend[:, empty])
+    compare(backend, inputs, (dy, dfinal, dseq))
+
+
+def check_nan_and_inf(backend: Backend, case: Case, lengths: list[int], where: str, bad: float) -> None:
+    """`bad` in "gx", "h", "rest" (the other state), "w_hh" or "dy" goes where the reference sends it."""
+    inputs = dataclasses.replace(inputs_of(case), lengths=torch.tensor(lengths))
+    dy, dfinal, dseq = gradients_of(case, inputs)
+    row = case.B + 2  # the third sequence's second step
+    if where == "gx":
+        inputs.gx[row, 0, 1::3] = bad
+        inputs.gx[row + 1, -1] = bad
+    elif where in ("h", "rest"):
+        inputs.states[where == "rest"][0, case.B // 2, 2] = bad
+    elif where == "w_hh":
+        inputs.params[0][0][1, 2] = bad
+    else:
+        dy[row, 0] = bad  # all of it: a unit of relu that is off passes nothing on
+    grads = (dy, dfinal, dseq)
+    ours, theirs = run(backend, inputs, grads), run(REFERENCE, inputs, grads)
+    agree(ours, theirs, run(REFERENCE, wide(inputs), wide(grads)), inputs)
+    seen = same_nan_and_inf(ours, theirs, inputs)
+    assert seen or bad == bad  # Inf may saturate a gate and be gone, NaN may not
+
+
+def same_nan_and_inf(ours: Results, theirs: Results, inputs: ScanInputs) -> bool:
+    """Checks it; whether there is any."""
+    exist, seen = existing(inputs), False
+    for mine, other in zip(ours, theirs, strict=True):
+        for (what, a), (_, b) in zip(tensors(mine), tensors(other), strict=True):
+            if what == "planes":
+                a, b = a[exist], b[exist]
+            assert torch.equal(a.isnan(), b.isnan()), f"{what}: NaN in other places"
+            assert torch.equal(a.isposinf(), b.isposinf()) and torch.equal(a.isneginf(), b.isneginf()), what
+            seen = seen or not bool(b.isfinite().all())
+    return seen
+
+
+def check_same_bits(backend: Backend, case: Case) -> None:
+    """Two runs give the same, and change nothing of the caller's."""
+    inputs = inputs_of(case)
+    grads = gradients_of(case, inputs)
+    given = [t for _, t in tensors(inputs)] + [grads[0], *grads[1], *grads[2]]
+    kept = [t.clone() for t in given]
+    first, second = run(backend, inputs, grads), run(backend, inputs, grads)
+    assert_same_bits(first, second, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(kept, given, strict=True))
+
+
+def check_refusals(backend: Backend) -> None:
+    """Of other devices, dtypes and cells, each by its name."""
+    inputs = inputs_of(Case())
+    elsewhere = dataclasses.replace(inputs, gx=inputs.gx.to("meta"))
+    assert any("meta" in reason for reason in backend.unsupported(elsewhere))
+    for dtype in (torch.int64, torch.complex64, torch.float8_e4m3fn):
+        odd = dataclasses.replace(inputs, gx=inputs.gx.to(dtype), states=tuple(s.to(dtype) for s in inputs.states))
+        assert any(str(dtype) in reason for reason in backend.unsupported(odd))
+    unknown = dataclasses.replace(inputs, spec=dataclasses.replace(inputs.spec, cell="no_such_cell"))
+    assert any("no_such_cell" in reason for reason in backend.unsupported(unknown))

@@ -18,13 +18,15 @@ from scans import (
     Case,
     agree,
     assert_same_bits,
+    check_nan_and_inf,
+    check_refusals,
+    check_rows_past_a_length,
+    check_same_bits,
     compare,
     drawn,
-    existing,
     gradients_of,
     inputs_of,
     run,
-    tensors,
     wide,
 )
 from torch import Tensor
@@ -89,20 +91,7 @@ def test_equals_the_reference(scan: Backend, case: Case) -> None:
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_rows_past_a_length_are_zero_and_their_states_pass_through(scan: Backend, cell: str) -> None:
-    case = Case(cell, T=6, B=9, layout="padded")
-    inputs = dataclasses.replace(inputs_of(case), lengths=torch.tensor([3, 0, 6, 1, 0, 5, 6, 2, 4]))
-    dy, dfinal, dseq = gradients_of(case, inputs)
-    past = ~existing(inputs)
-    for t in (inputs.gx, dy, *dseq):
-        t[past] = float("nan")  # a loss may leave anything there
-    outputs, grads = run(scan, inputs, (dy, dfinal, dseq))
-    for what, t in (("y", outputs.y), ("dgx", grads.dgx), ("dgh", grads.dgh)):
-        assert t.numel() == 0 or t[past].eq(0).all(), what
-        assert t.isfinite().all(), what
-    empty = inputs.lengths == 0
-    for final, start, dstart, dend in zip(outputs.final, inputs.states, grads.dstates, dfinal, strict=True):
-        assert torch.equal(final[:, empty], start[:, empty])
-        assert torch.equal(dstart[:, empty], dend[:, empty])
+    check_rows_past_a_length(scan, Case(cell, T=6, B=9, layout="padded"), [3, 0, 6, 1, 0, 5, 6, 2, 4])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -114,47 +103,14 @@ def test_nan_and_inf_go_where_the_reference_sends_them(
 ) -> None:
     if where == "rest" and len(CELLS[cell].states) == 1:
         pytest.skip(f"{cell} has no state but h")
-    case = Case(cell, dtype, T=4, B=6, layout="padded", seed=3)
-    inputs = dataclasses.replace(inputs_of(case), lengths=torch.tensor([4, 0, 3, 4, 1, 2]))
-    dy, dfinal, dseq = gradients_of(case, inputs)
-    if where == "gx":
-        inputs.gx[6 + 2, 0, 1::3] = bad
-        inputs.gx[6 + 3, 1] = bad
-    elif where in ("h", "rest"):
-        inputs.states[where == "rest"][0, 3, 2] = bad
-    elif where == "w_hh":
-        inputs.params[0][0][1, 2] = bad
-    else:
-        dy[6 + 2, 0] = bad  # all of it: a unit of relu that is off passes nothing on
-    grads = (dy, dfinal, dseq)
-    ours, theirs = run(scan, inputs, grads), run(REFERENCE, inputs, grads)
-    agree(ours, theirs, run(REFERENCE, wide(inputs), wide(grads)), inputs)
-    exist = existing(inputs)
-    seen = False
-    for mine, other in zip(ours, theirs, strict=True):
-        for (what, a), (_, b) in zip(tensors(mine), tensors(other), strict=True):
-            if what == "planes":
-                a, b = a[exist], b[exist]
-            assert torch.equal(a.isnan(), b.isnan()), f"{what}: NaN in other places"
-            assert torch.equal(a.isposinf(), b.isposinf()) and torch.equal(a.isneginf(), b.isneginf()), what
-            seen = seen or not b.isfinite().all()
-    assert seen or bad == bad  # Inf may saturate a gate and be gone, NaN may not
+    check_nan_and_inf(scan, Case(cell, dtype, T=4, B=6, layout="padded", seed=3), [4, 0, 3, 4, 1, 2], where, bad)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cell", CELLS)
 def test_two_runs_give_the_same_bits_and_leave_the_inputs_alone(scan: Backend, cell: str, dtype: torch.dtype) -> None:
-    for case in (
-        Case(cell, dtype, T=7, B=9, H=37, layout="padded"),
-        Case(cell, dtype, T=2, B=40, H=256, strided=True),
-    ):
-        inputs = inputs_of(case)
-        grads = gradients_of(case, inputs)
-        kept = [t.clone() for _, t in tensors(inputs)] + [t.clone() for t in (grads[0], *grads[1], *grads[2])]
-        first, second = run(scan, inputs, grads), run(scan, inputs, grads)
-        assert_same_bits(first, second, inputs)
-        after = [t for _, t in tensors(inputs)] + [grads[0], *grads[1], *grads[2]]
-        assert all(torch.equal(a, b) for a, b in zip(kept, after, strict=True))
+    check_same_bits(scan, Case(cell, dtype, T=7, B=9, H=37, layout="padded"))
+    check_same_bits(scan, Case(cell, dtype, T=2, B=40, H=256, strided=True))
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -264,12 +220,5 @@ def test_options_are_done_as_the_reference_does_them_or_refused(scan: Backend, c
     compare(scan, inputs, gradients_of(case, inputs))
 
 
-def test_other_devices_and_dtypes_are_refused_by_name(scan: Backend) -> None:
-    inputs = inputs_of(Case())
-    elsewhere = dataclasses.replace(inputs, gx=inputs.gx.to("meta"))
-    assert any("meta" in reason for reason in scan.unsupported(elsewhere))
-    for dtype in (torch.int64, torch.complex64, torch.float8_e4m3fn):
-        odd = dataclasses.replace(inputs, gx=inputs.gx.to(dtype), states=tuple(s.to(dtype) for s in inputs.states))
-        assert any(str(dtype) in reason for reason in scan.unsupported(odd))
-    unknown = dataclasses.replace(inputs, spec=dataclasses.replace(inputs.spec, cell="no_such_cell"))
-    assert any("no_such_cell" in reason for reason in scan.unsupported(unknown))
+def test_other_devices_dtypes_and_cells_are_refused_by_name(scan: Backend) -> None:
+    check_refusals(scan)

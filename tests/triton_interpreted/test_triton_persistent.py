@@ -14,9 +14,10 @@ from scans import (
     Case,
     agree,
     assert_same_bits,
+    check_nan_and_inf,
+    check_rows_past_a_length,
     compare,
     drawn,
-    existing,
     gradients_of,
     inputs_of,
     references,
@@ -25,7 +26,7 @@ from scans import (
 )
 
 from rnnkern import dispatch
-from rnnkern.backends.base import ScanGrads, ScanInputs, ScanOutputs
+from rnnkern.backends.base import ScanInputs, ScanOutputs
 from rnnkern.backends.triton import drivers
 from rnnkern.backends.triton.config import VARIABLE
 from rnnkern.backends.triton.lost import LOST
@@ -102,53 +103,20 @@ def test_in_any_turns_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_rows_past_a_length(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are zero, nobody waits for them, and rows of no steps hand states and gradients through."""
-    case = Case(cell, T=4, B=9, H=9, layout="padded", reset="learned")
-    lengths = torch.tensor([3, 0, 4, 1, 0, 0, 0, 0, 2])
-    inputs = dataclasses.replace(inputs_of(case), lengths=lengths)
+    """Nobody waits for them."""
     driven(monkeypatch, rows=4)
-    dy, dfinal, dseq = gradients_of(case, inputs)
-    past = ~existing(inputs)
-    for t in (inputs.gx, dy, *dseq):
-        t[past] = float("nan")
     with together():
-        outputs, grads = run(SCAN, inputs, (dy, dfinal, dseq))
-        compare(SCAN, inputs, (dy, dfinal, dseq))
-    assert isinstance(outputs, ScanOutputs) and isinstance(grads, ScanGrads)
-    for what, t in (("y", outputs.y), ("dgx", grads.dgx), ("dgh", grads.dgh), *(("seq", s) for s in outputs.seq)):
-        assert t.numel() == 0 or t[past].eq(0).all(), what
-    for final, start in zip(outputs.final, inputs.states, strict=True):
-        assert torch.equal(final[:, lengths == 0], start[:, lengths == 0])
-    for dstart, dend in zip(grads.dstates, dfinal, strict=True):
-        assert torch.equal(dstart[:, lengths == 0], dend[:, lengths == 0])
+        case = Case(cell, T=4, B=9, H=9, layout="padded", reset="learned")
+        check_rows_past_a_length(SCAN, case, [3, 0, 4, 1, 0, 0, 0, 0, 2])
 
 
 @pytest.mark.parametrize("where", ["gx", "h", "w_hh", "dy"])
 @pytest.mark.parametrize("cell", CELLS)
 def test_nan_and_inf_go_where_the_reference_sends_them(cell: str, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case(cell, T=3, B=3, H=9, layout="padded", reverse=(False,))
-    bad = BADS[len(cell + where) % 2]
-    inputs = dataclasses.replace(inputs_of(case), lengths=torch.tensor([3, 2, 3]))
-    grads = gradients_of(case, inputs)
     driven(monkeypatch)
-    if where == "gx":
-        inputs.gx[3 + 1, 0, 1::3] = bad
-    elif where == "h":
-        inputs.states[0][0, 2, 2] = bad
-    elif where == "w_hh":
-        inputs.params[0][0][1, 2] = bad
-    else:
-        grads[0][3 + 1, 0] = bad
-    theirs = run(REFERENCE, inputs, grads)
     with together():
-        ours = run(SCAN, inputs, grads)
-    exist = existing(inputs)
-    for mine, other in zip(ours, theirs, strict=True):
-        for (what, a), (_, b) in zip(tensors(mine), tensors(other), strict=True):
-            if what == "planes":
-                a, b = a[exist], b[exist]
-            assert torch.equal(a.isnan(), b.isnan()), what
-            assert torch.equal(a.isposinf(), b.isposinf()) and torch.equal(a.isneginf(), b.isneginf()), what
+        case = Case(cell, T=3, B=3, H=9, layout="padded", reverse=(False,))
+        check_nan_and_inf(SCAN, case, [3, 2, 3], where, BADS[len(cell + where) % 2])
 
 
 def of_the_sentinels_pattern(dtype: torch.dtype) -> tuple[ScanInputs, tuple]:
