@@ -163,11 +163,21 @@ def per_step(call: Call, device: Device) -> float | None:
     return step * (2 if call.gradient else 1) * (2 if call.projected else 1)
 
 
+def batch_parallel_h(gates: int, dtype: torch.dtype, backward: bool, hip: bool = False) -> int:
+    """The largest H whose weights one program of the batch-parallel driver holds."""
+    most = {2: 128, 4: 64, 8: 16}.get(dtype.itemsize, 0)
+    if hip:
+        return most // 2  # 64 KiB of local memory
+    if backward and dtype == torch.float32 and gates == 4:
+        return most // 2  # more registers than there are
+    return most
+
+
 def batch_parallel(call: Call, device: Device) -> float | None:
     """One program for 16 rows and all of H, its weights on chip: for small H only."""
-    if call.projected or call.H > (128 if call.dtype.itemsize == 2 else 64):
-        return None
     gates, rows = len(CELLS[call.cell].gates), 16
+    if call.projected or call.H > batch_parallel_h(gates, call.dtype, call.gradient, device.hip):
+        return None
     waves = math.ceil(math.ceil(call.B / rows) * call.directions / device.processors)
     width = 1 << (call.H - 1).bit_length()
     products = rows * gates * width * width / (0.5 * RATES[precision(call)])

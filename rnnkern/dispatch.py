@@ -226,6 +226,11 @@ def allows_tf32() -> bool:
 allows_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def gpu_precision(dtype: torch.dtype) -> str:
+    """:class:`ScanSpec`'s word for how products on a GPU are made."""
+    return "tf32" if dtype == torch.float32 and allows_tf32() else "ieee"
+
+
 def may_torch(refused: str) -> bool:
     """Whether it can, given what in the call it cannot do (empty: nothing).
 
@@ -241,6 +246,8 @@ def triton_is_faster(
     device: torch.device, dtype: torch.dtype, cell: str, batch: int, packed: bool, steps: int, sizes: Sizes
 ) -> bool:
     """By measurement or estimate (_cuda.py), if Triton is there and its kernels have passed their trial here."""
+    if _watched():
+        return False
     gradient = torch.is_grad_enabled()
     call = _cuda.Call(cell, steps, batch, sizes.H, dtype, sizes.I, sizes.layers, sizes.directions, packed,
                       sizes.projected, gradient, allows_tf32())  # fmt: skip
@@ -249,8 +256,7 @@ def triton_is_faster(
         return False
     from rnnkern.backends.triton.trial import trusted
 
-    precision = "tf32" if dtype == torch.float32 and call.tf32 else "ieee"
-    return trusted(torch.device("cuda", index), cell, dtype, precision)
+    return trusted(torch.device("cuda", index), cell, dtype, gpu_precision(dtype))
 
 
 def _torch_is_faster(dtype: torch.dtype, cell: str, batch: int, packed: bool) -> bool:

@@ -240,7 +240,7 @@ def run(
         raise ValueError("reset_state: only together with reset, the mask that says where it is used")
 
     backend = None
-    stacked = dispatch.Sizes(I, H, num_layers, D, proj)
+    stacked = dispatch.Sizes(I, H, num_layers, D, proj) if input.is_cuda else None
     if dispatch.wants_torch(input.device, low or input.dtype, cell, B, packed, T, stacked):
         from rnnkern.backends import torch as torch_kernels
 
@@ -318,8 +318,7 @@ def stack(
     proj = per > 2 + 2 * bias
     names = ("w_hh", "b_hh", "w_hr") if bias and proj else ("w_hh", "b_hh") if bias else ("w_hh", "w_hr")[: 1 + proj]
     keep = return_states and len(sizes) > 1
-    tf32 = x.is_cuda and x.dtype == torch.float32 and dispatch.allows_tf32()
-    options: dict[str, Any] = {"precision": "tf32"} if tf32 else {}
+    precision = dispatch.gpu_precision(x.dtype) if x.is_cuda else "ieee"
     finals, states = [], []
     for k in range(num_layers):
         groups = []
@@ -332,7 +331,7 @@ def stack(
             segment = tuple(h[k * D : (k + 1) * D] for h in restart)
         y, final, seq = layer(
             cell, x.unsqueeze(1), entering, tuple(groups), reverse, T, B, param_names=names, offsets=offsets,
-            lengths=lengths, reset=reset, reset_states=segment, keep_states=keep, backend=backend, **options,
+            lengths=lengths, reset=reset, reset_states=segment, keep_states=keep, backend=backend, precision=precision,
         )  # fmt: skip
         x = y.flatten(1)
         finals.append(final)

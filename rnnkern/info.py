@@ -40,10 +40,12 @@ def chosen(inputs: ScanInputs) -> tuple[str, str]:
     if asked is not None:
         return asked, "asked for with use_backend"
     if dispatch.wants_torch(inputs.gx.device, inputs.gx.dtype, inputs.spec.cell, inputs.B, packed=False):
-        if inputs.gx.device.type != "cpu":
-            return "torch", f"there is no fast scan backend for {inputs.gx.device.type}"
         if inputs.gx.dtype not in dispatch.DTYPES:
             return "torch", f"no scan backend has {inputs.gx.dtype}"
+        if inputs.gx.device.type == "cuda":
+            return on_a_gpu(inputs, torch.is_grad_enabled(), _cuda.device_of(inputs.gx.get_device()))
+        if inputs.gx.device.type != "cpu":
+            return "torch", f"there is no fast scan backend for {inputs.gx.device.type}"
         return "torch", f"torch's own kernel is faster than what is left without cpp ({dispatch.unavailable('cpp')})"
     refusals: list[str] = []
     for name, reasons in dispatch.explain(inputs).items():
@@ -52,6 +54,13 @@ def chosen(inputs: ScanInputs) -> tuple[str, str]:
         verb = "refuses" if dispatch.unavailable(name) is None else "is not there"
         refusals.append(f"{name} {verb} ({', '.join(reasons)})")
     return "none", "; ".join(refusals)
+
+
+def on_a_gpu(inputs: ScanInputs, gradient: bool, device: _cuda.Device) -> _cuda.Verdict:
+    """What automatic choice takes there for the plain call of these inputs, and why."""
+    H, tf32 = inputs.states[0].size(2), dispatch.allows_tf32()
+    call = _cuda.Call(inputs.spec.cell, inputs.T, inputs.B, H, inputs.gx.dtype, gradient=gradient, tf32=tf32)
+    return _cuda.verdict(call, device)
 
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -81,12 +90,12 @@ def explain(call: str) -> str:
         raise ValueError(f"got {call!r}, expected {form}; T, B and H are whole numbers from 1")
     cell, dtype = cells[words[0]], DTYPES[words[4]]
     lines = [f"{cell}, T={T}, B={B}, H={H}, {dtype}, one layer, one direction:"]
-    rows = [("cpu", ": ".join(chosen(plain_call(cell, T, B, H, dtype))))]
+    plain = plain_call(cell, T, B, H, dtype)
+    rows = [("cpu", ": ".join(chosen(plain)))]
     here = torch.cuda.is_available()
     device = _cuda.device_of(torch.cuda.current_device()) if here else A_GPU
     for mode, gradient in (("inference", False), ("training", True)):
-        plain = _cuda.Call(cell, T, B, H, dtype, gradient=gradient, tf32=dispatch.allows_tf32())
-        rows.append((f"cuda, {mode}", ": ".join(_cuda.verdict(plain, device))))
+        rows.append((f"cuda, {mode}", ": ".join(on_a_gpu(plain, gradient, device))))
     lines += table(rows, indent=2)
     lines.append(f"  (cuda: {device.name}{'' if here else '; there is none here'})")
     return "\n".join(lines)

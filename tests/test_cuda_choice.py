@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rnnkern import _cuda
+from rnnkern import _cuda, dispatch
 from rnnkern._cuda import Call, Device, cudnn_algorithm, verdict
 
 H200 = Device("NVIDIA H200", 132, (9, 0))
@@ -98,3 +98,22 @@ def test_measurements_come_before_the_model(tmp_path: Path, monkeypatch: pytest.
 def test_shipped_table_is_whole() -> None:
     for entry in json.loads(_cuda.MEASURED.read_text())["rows"]:
         assert entry.keys() == row().keys() and entry["ratio"] > 0
+
+
+def test_transforms_never_meet_the_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under torch.func, forward mode or torch.compile neither torch's kernels nor a trial on the device would do."""
+    asked: list[Call] = []
+    monkeypatch.setattr(_cuda, "device_of", lambda _: H200)
+    monkeypatch.setattr(_cuda, "verdict", lambda call, _: asked.append(call) or _cuda.Verdict("torch", ""))
+    choice = (torch.device("cuda", 0), BF16, "gru", 64, False, 512, dispatch.Sizes(512, 512))
+
+    def wants(x: torch.Tensor) -> torch.Tensor:
+        assert dispatch.wants_torch(*choice)  # functional.py goes on to the layers by itself
+        return x
+
+    torch.func.vmap(wants)(torch.ones(3))
+    with torch.autograd.forward_ad.dual_level():
+        wants(torch.ones(3))
+    assert not asked
+    wants(torch.ones(3))
+    assert [call.H for call in asked] == [512]

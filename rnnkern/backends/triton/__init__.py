@@ -14,15 +14,7 @@ from torch import Tensor
 
 from rnnkern.backends.base import ScanGrads, ScanInputs, ScanOutputs
 from rnnkern.backends.triton.cells import STEPS
-from rnnkern.backends.triton.config import (
-    PASSES,
-    Config,
-    Question,
-    choose,
-    fits_batch_parallel,
-    fits_persistent,
-    target_of,
-)
+from rnnkern.backends.triton.config import PASSES, choose, misfit, target_of
 from rnnkern.backends.triton.drivers import Program, plan_backward, plan_forward, question
 from rnnkern.backends.triton.graphs import Steps
 from rnnkern.backends.triton.interpreter import INTERPRETED, has_bf16
@@ -59,7 +51,7 @@ class Triton:
         if not reasons:
             for direction in PASSES if spec.save == "all" else PASSES[:1]:
                 asked = question(inputs, direction, target_of(gx.device))
-                if why := _misfit(asked, choose(asked)):
+                if why := misfit(asked, choose(asked)):
                     reasons.append(f"{why}, and the driver was asked for by name")
                     break
         return reasons
@@ -103,13 +95,6 @@ class Triton:
 def _on(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Triton launches on the current device, whatever device its tensors are on."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
-def _misfit(asked: Question, config: Config) -> str:
-    """Why the driver that was chosen cannot do it, or nothing."""
-    if config.driver == "batch_parallel":
-        return fits_batch_parallel(asked)
-    return fits_persistent(asked, config) if config.driver == "persistent" else ""
 
 
 def _where(gx: Tensor) -> list[str]:

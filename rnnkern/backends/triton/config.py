@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 
+from rnnkern._cuda import batch_parallel_h
+
 DRIVERS = ("batch_parallel", "per_step", "persistent")
 PASSES = ("forward", "backward")
 VARIABLE = "RNNKERN_TRITON_CONFIG"
 _SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}  # KiB that one program may have
-_BATCH_PARALLEL_H = {1: 0, 2: 128, 4: 64, 8: 16}  # by bytes of an element: the largest H whose weights fit one program
 
 _LEAST = {"block_b": 4, "block_h": 16, "block_k": 16}  # rows are padded to what an instruction multiplies
 # Of a persistent program's thread, by `_registers` and Question.exact: with more, kernels spill.
@@ -165,11 +166,8 @@ def fits_batch_parallel(question: Question) -> str:
     """Why the batch-parallel driver cannot do it, or nothing."""
     if question.project:
         return "a projection (batch_parallel has no second product; per_step does it)"
-    most = _BATCH_PARALLEL_H[question.dtype.itemsize]
-    if question.target.kind == "hip":
-        most //= 2  # 64 KiB of local memory
-    elif question.direction == "backward" and question.dtype == torch.float32 and question.gates == 4:
-        most //= 2  # more registers than there are
+    backward, hip = question.direction == "backward", question.target.kind == "hip"
+    most = batch_parallel_h(question.gates, question.dtype, backward, hip)
     if question.H > most:
         return f"H={question.H} (batch_parallel holds all weights in one program: up to H={most} in {question.dtype})"
     return ""
@@ -209,6 +207,13 @@ def fits_persistent(q: Question, config: Config) -> str:
     if programs > q.target.processors:  # programs that wait for each other must all run at once
         return f"{programs} programs at once on {q.target.processors} processors (persistent)"
     return ""
+
+
+def misfit(q: Question, config: Config) -> str:
+    """Why the driver cannot do it so, or nothing; per_step can do everything."""
+    if config.driver == "batch_parallel":
+        return fits_batch_parallel(q)
+    return fits_persistent(q, config) if config.driver == "persistent" else ""
 
 
 def suits_persistent(q: Question) -> bool:
@@ -343,7 +348,6 @@ def look_up(table: Table, q: Question) -> Config | None:
     kind = str(q.dtype).removeprefix("torch.")
     key = (q.target.name, q.target.processors, q.cell, kind, q.direction, q.H)
     for most, config in table.get(key, ()):
-        cannot = {"batch_parallel": fits_batch_parallel(q), "persistent": fits_persistent(q, config)}
-        if q.B <= most and not cannot.get(config.driver):
+        if q.B <= most and not misfit(q, config):
             return config
     return None

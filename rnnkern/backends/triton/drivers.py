@@ -126,9 +126,8 @@ def _sliced(work: Work, kernel: object, config: Config, width: int, read: tuple[
     }
     arguments = work.arguments | {"lost": LOST.flag(device), "patience": PATIENCE}
     grid = (-(-work.H // config.block_h), -(-work.inputs.B // config.block_b), work.N)
-    options = config.options(work.target) | {
-        "launch_cooperative_grid": True
-    }  # refused where they cannot all run at once
+    # Refused at launch where the programs cannot all run at once.
+    options = config.options(work.target) | {"launch_cooperative_grid": True}
     return Program((launch(kernel, grid, options, constants, arguments),), waits=True)
 
 
