@@ -1,21 +1,22 @@
 #!/usr/bin/env bash
 # Everything that a machine with a GPU is for, within nine minutes:
-# bash benchmarks/gpu.sh OUT_DIR [--only tests|suite|micro]
+# bash benchmarks/gpu.sh OUT_DIR [--only tests|suite|micro|tune]
 #
 # Builds in place, runs the GPU tests, measures the micro-benchmarks, then the gpu suite, most telling cases first:
 # against torch.nn, and in what time is left against the other peers that are installed. Needs Python 3.11 or newer with
 # torch, Triton, pybind11, numba, pytest, pytest-benchmark, pytest-timeout, matplotlib and hypothesis, and no network.
 # What is found is in OUT_DIR as it comes, at most eight files: build.log, tests.log, micro.csv, micro.log, results.csv,
-# suite.log and two charts. GPU_SECONDS is the time for all of it, PYTHON the interpreter.
+# suite.log and two charts. By itself only, --only tune: table.json, as it is shipped and what the time allows to find,
+# with everything that was tried in table.csv. GPU_SECONDS is the time for all of it, PYTHON the interpreter.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-out=${1:?usage: bash benchmarks/gpu.sh OUT_DIR [--only tests|suite|micro]}
+out=${1:?usage: bash benchmarks/gpu.sh OUT_DIR [--only tests|suite|micro|tune]}
 only=${3:-all}
 [[ ${2:---only} == --only ]] || { echo "unknown option $2" >&2; exit 2; }
 case $only in
-    all | tests | suite | micro) ;;
-    *) echo "--only takes tests, suite or micro, got $only" >&2; exit 2 ;;
+    all | tests | suite | micro | tune) ;;
+    *) echo "--only takes tests, suite, micro or tune, got $only" >&2; exit 2 ;;
 esac
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
@@ -49,6 +50,13 @@ if wanted tests; then
     result=$?
     ((result == 0 || result == 5)) || status=$result # 5: there are no such tests
     tail -n 1 "$out/tests.log"
+fi
+if [[ $only == tune ]]; then
+    cp rnnkern/backends/triton/table.json "$out/table.json"
+    # It ends by itself, between two measurements.
+    within "$(left)" "$python" -m benchmarks.tune search --out "$out/table.json" --seconds $(($(left) - 40)) \
+        >"$out/tune.log" 2>&1 || status=$?
+    tail -n 40 "$out/tune.log"
 fi
 if wanted micro; then
     within 150 "$python" -m benchmarks.micro --out "$out/micro.csv" --seconds 110 >"$out/micro.log" 2>&1 || status=$?

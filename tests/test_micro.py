@@ -184,5 +184,7 @@ def test_the_gpu_script_keeps_to_its_time_and_its_part(tmp_path: Path) -> None:
     assert asked == ["-"] and "out of time" in done.stdout and "results.csv" not in files
     _, files, asked = gpu_sh(tmp_path, 540, "--only", "micro")
     assert "micro.csv" in files and not any("-m pytest" in line for line in asked)
+    _, files, asked = gpu_sh(tmp_path, 540, "--only", "tune")
+    assert "table.json" in files and any("benchmarks.tune search" in line for line in asked)
     done, _, _ = gpu_sh(tmp_path, 540, "--only", "all-of-it")
     assert done.returncode == 2

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from cooperative import together
 from scans import DTYPES
 
 from rnnkern import _cuda, dispatch
 from rnnkern.backends.base import ScanGrads, ScanInputs, ScanOutputs
-from rnnkern.backends.triton import trial
+from rnnkern.backends.triton import config, drivers, trial
 from rnnkern.cells import CELLS
 
 SCAN = dispatch.backend("triton")
@@ -95,6 +96,29 @@ def test_what_does_not_compile_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(package, "BACKEND", Broken())
     with pytest.warns(RuntimeWarning, match="PassManager::run failed"):
         assert not trial.trusted(CPU, "lstm", torch.float16, "ieee")
+
+
+def test_a_driver_that_only_the_table_takes_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = config.INTERPRETER
+    entry = {"target": target.name, "processors": target.processors, "cell": "gru", "dtype": "bfloat16",
+             "exact": False, "direction": "forward", "H": 512, "B": 16,
+             "config": {"driver": "persistent", "block_b": 8, "block_h": 8, "block_k": 64, "warps": 8, "stages": 1},
+             }  # fmt: skip
+    monkeypatch.setattr(trial, "shipped_table", lambda: config.read_table([entry]))
+    monkeypatch.setattr(trial, "WIDTHS", (5,))
+    monkeypatch.setattr(trial, "WIDE", 17)
+    ran = []
+    for name in ("plan_forward", "plan_backward"):
+
+        def plan(*args: object, whole: object = getattr(drivers, name)) -> object:
+            ran.append(args[-1])
+            return whole(*args)  # type: ignore[operator]
+
+        monkeypatch.setattr(importlib.import_module("rnnkern.backends.triton"), name, plan)
+    with together():
+        for dtype in (torch.bfloat16, torch.float16):
+            assert trial.trusted(CPU, "gru", dtype, "ieee")
+    assert ran == [None, None, "persistent", "persistent", None, None]
 
 
 def test_automatic_choice_asks_the_model_and_the_trial(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,10 +56,10 @@ class Triton:
                     break
         return reasons
 
-    def forward(self, inputs: ScanInputs) -> ScanOutputs:
+    def forward(self, inputs: ScanInputs, driver: str | None = None) -> ScanOutputs:
         with _on(inputs.gx.device):
             LOST.check(inputs.gx.device)
-            out, program = plan_forward(inputs, target_of(inputs.gx.device))
+            out, program = plan_forward(inputs, target_of(inputs.gx.device), driver)
             self.run(program, inputs.gx.device)
         return out
 
@@ -70,12 +70,13 @@ class Triton:
         dy: Tensor,
         dfinal: tuple[Tensor, ...],
         dseq: tuple[Tensor, ...],
+        driver: str | None = None,
     ) -> ScanGrads:
         if inputs.spec.save != "all":
             raise ValueError(f"backward needs the planes of a forward with save='all', got save={inputs.spec.save!r}")
         with _on(inputs.gx.device):
             LOST.check(inputs.gx.device)
-            grads, program = plan_backward(inputs, outputs, dy, dfinal, dseq, target_of(inputs.gx.device))
+            grads, program = plan_backward(inputs, outputs, dy, dfinal, dseq, target_of(inputs.gx.device), driver)
             self.run(program, inputs.gx.device)
             grads.dreset_states = tuple(
                 d.to(s.dtype) for d, s in zip(grads.dreset_states, inputs.reset_states, strict=True)

@@ -138,7 +138,7 @@ def choose(question: Question, driver: str | None = None) -> Config:
         found = replace(found, **asked)
     except ValueError as error:
         raise ValueError(f"{VARIABLE}: {error}") from None
-    if found.driver == "batch_parallel" and found.block_h < question.H:
+    if found.driver == "batch_parallel" and asked.get("block_h", question.H) < question.H:
         raise ValueError(f"{VARIABLE}: block_h={found.block_h}: batch_parallel takes all of H={question.H} in one tile")
     return found
 
@@ -268,7 +268,7 @@ def model(q: Question, driver: str | None = None) -> Config:
 
 def _whole(q: Question) -> Config:
     """Few rows: products of 4 rows take as long as those of 16, what is done with them does not."""
-    H = power_of_two(q.H)
+    H = min(256, power_of_two(q.H))  # `fits_batch_parallel` says that larger ones do not fit
     if q.target.kind == "hip":
         return Config("batch_parallel", 16, H, H, 4, 1)
     rows = 4 if -(-q.B // 4) * q.N <= q.target.processors else 8
@@ -306,13 +306,15 @@ def power_of_two(size: int) -> int:
 
 
 # The table. An entry holds for one kind of device and one H, and for every B up to `B`; of several the smallest does.
-_KEY = {"target": str, "processors": int, "cell": str, "dtype": str, "direction": str, "H": int, "B": int}
+KEY = {
+    "target": str, "processors": int, "cell": str, "dtype": str, "exact": bool, "direction": str, "H": int, "B": int,
+}  # fmt: skip
 Table = dict[tuple[Any, ...], list[tuple[int, Config]]]
 
 
 def read_table(entries: Iterable[dict[str, Any]]) -> Table:
-    """Entries as {"target": "sm_90", "processors": 132, "cell": "lstm", "dtype": "bfloat16", "direction": "forward",
-    "H": 512, "B": 64, "config": {"driver": "per_step", "block_b": 16, ...}}.
+    """Entries as {"target": "sm_90", "processors": 132, "cell": "lstm", "dtype": "bfloat16", "exact": false,
+    "direction": "forward", "H": 512, "B": 64, "config": {"driver": "per_step", "block_b": 16, ...}}.
 
     Raises:
         ValueError: an entry lacks a word, has one too many, or one of the wrong kind.
@@ -320,9 +322,9 @@ def read_table(entries: Iterable[dict[str, Any]]) -> Table:
     table: Table = {}
     for k, entry in enumerate(entries):
         where = f"entry {k}"
-        if set(entry) != {*_KEY, "config"}:
-            raise ValueError(f"{where}: words {sorted(entry)}, expected {sorted([*_KEY, 'config'])}")
-        for name, kind in _KEY.items():
+        if set(entry) != {*KEY, "config"}:
+            raise ValueError(f"{where}: words {sorted(entry)}, expected {sorted([*KEY, 'config'])}")
+        for name, kind in KEY.items():
             if type(entry[name]) is not kind:
                 raise ValueError(f"{where}: {name}={entry[name]!r}, expected {kind.__name__}")
         if entry["direction"] not in PASSES:
@@ -331,7 +333,7 @@ def read_table(entries: Iterable[dict[str, Any]]) -> Table:
             config = Config(**entry["config"])
         except (TypeError, ValueError) as error:
             raise ValueError(f"{where}: config: {error}") from None
-        key = tuple(entry[name] for name in _KEY if name != "B")
+        key = tuple(entry[name] for name in KEY if name != "B")
         table.setdefault(key, []).append((entry["B"], config))
     for found in table.values():
         found.sort(key=lambda pair: pair[0])
@@ -345,9 +347,18 @@ def shipped_table() -> Table:
 
 
 def look_up(table: Table, q: Question) -> Config | None:
-    kind = str(q.dtype).removeprefix("torch.")
-    key = (q.target.name, q.target.processors, q.cell, kind, q.direction, q.H)
-    for most, config in table.get(key, ()):
+    for most, config in table.get(_key(q.target, q.cell, q.dtype, q.exact, q.direction, q.H), ()):
         if q.B <= most and not misfit(q, config):
             return config
     return None
+
+
+def _key(target: Target, cell: str, dtype: torch.dtype, *rest: Any) -> tuple[Any, ...]:
+    return (target.name, target.processors, cell, str(dtype).removeprefix("torch."), *rest)
+
+
+def tabled_drivers(table: Table, target: Target, cell: str, dtype: torch.dtype) -> set[str]:
+    """Those of the table's, on such a device, that the size model never takes."""
+    start = _key(target, cell, dtype)
+    found = {config.driver for key, pairs in table.items() if key[: len(start)] == start for _, config in pairs}
+    return found - {"batch_parallel", "per_step"}

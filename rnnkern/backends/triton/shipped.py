@@ -1,5 +1,5 @@
-"""Every kernel that automatic choice can launch, for a representative set of scans: what a compile check compiles; and
-those of the persistent driver where that would suit.
+"""Every kernel that automatic choice can launch, for a representative set of scans and for every entry of the table:
+what a compile check compiles; and those of the persistent driver where that would suit.
 
 Made by the code that makes launches, from tensors without memory, so that the two cannot drift apart.
 """
@@ -7,6 +7,7 @@ Made by the code that makes launches, from tensors without memory, so that the t
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import torch
 
 from rnnkern.backends.base import ScanInputs, ScanSpec, accumulation_dtype
 from rnnkern.backends.triton.cells import STEPS
-from rnnkern.backends.triton.config import Target, suits_persistent
+from rnnkern.backends.triton.config import Target, shipped_table, suits_persistent
 from rnnkern.backends.triton.drivers import plan_backward, plan_forward, question
 from rnnkern.backends.triton.launch import TYPES, Launch
 from rnnkern.backends.triton.slots import NAMES, advance, write_table
@@ -61,6 +62,11 @@ def launches(target: Target, sizes: Iterable[int], batches: Iterable[int]) -> It
             yield from _of_one(target, cell, dtype, H, B, "projected")
         if H in (64, 512):
             yield from _of_one(target, cell, dtype, H, B, "rich")
+    named = {str(dtype).removeprefix("torch."): dtype for dtype in TYPES}
+    for (name, processors, cell, kind, _, _, H), found in shipped_table().items():
+        if name == target.name:
+            for B, _ in found:
+                yield from _of_one(replace(target, processors=processors), cell, named[kind], H, B, "plain")
 
 
 def _of_one(target: Target, cell: str, dtype: torch.dtype, H: int, B: int, kind: str) -> Iterator[tuple[str, Launch]]:

@@ -1,29 +1,32 @@
 """Before automatic choice trusts kernels of this backend on a device, they show there, once, that they are right.
 
 Triton compiles anew for every device, version and dtype, and what one combination miscompiles no test elsewhere can
-see. So the first call of a kind runs small scans through both drivers, forward and backward, and compares them with the
-reference in fp64. That takes the time of a few compilations. Where it fails, a warning says so and torch's own kernels
-are taken. Kernels that are asked for by name are not put to the test.
+see. So the first call of a kind runs small scans through the drivers that it may be given, forward and backward, and
+compares them with the reference in fp64. That takes the time of a few compilations. Where it fails, a warning says so
+and torch's own kernels are taken. Kernels that are asked for by name are not put to the test.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import fields, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from rnnkern.backends.base import ScanInputs, ScanOutputs, ScanSpec, accumulation_dtype
+from rnnkern.backends.base import ScanGrads, ScanInputs, ScanOutputs, ScanSpec, accumulation_dtype
 from rnnkern.backends.reference import BACKEND as REFERENCE
+from rnnkern.backends.triton.config import shipped_table, tabled_drivers, target_of
 from rnnkern.cells import CELLS
 
-WIDTHS = (13, 144)  # one for each driver
+WIDTHS = (13, 144)  # one for each driver that the size model takes
+WIDE = 200  # for those that only the table takes
 STEPS, ROWS = 9, 5  # more steps than the shortest graph has
 FACTOR, FLOOR = 4, 16  # times the reference's own error in that dtype, and times eps
+Results = list[tuple[str, Tensor]]
+Scan = TypeVar("Scan", ScanInputs, ScanOutputs)
 
 
 def trusted(device: torch.device, cell: str, dtype: torch.dtype, precision: str) -> bool:
@@ -42,6 +45,8 @@ def failure(device: torch.device, cell: str, dtype: torch.dtype, precision: str)
         with torch.no_grad():
             for width in WIDTHS:
                 _compare(BACKEND, problem(cell, dtype, precision, width), device)
+            for driver in sorted(tabled_drivers(shipped_table(), target_of(device), cell, dtype)):
+                _compare(BACKEND, problem(cell, dtype, precision, WIDE), device, driver)
     except Exception as error:  # a compiler's, a driver's, or ours: all mean the same here
         why = f"{type(error).__name__}: {error}"
         warnings.warn(
@@ -69,44 +74,55 @@ def problem(cell: str, dtype: torch.dtype, precision: str, H: int) -> ScanInputs
     return ScanInputs(scan, T, B, normal(T * B, N, G * H), states, params, lengths=lengths)
 
 
-def _compare(backend: Any, inputs: ScanInputs, device: torch.device) -> None:
-    truth = _results(REFERENCE, _moved(inputs, dtype=torch.float64))
-    yardstick = _results(REFERENCE, inputs)
-    ours = _results(backend, _moved(inputs, device=device))
+def _compare(backend: Any, inputs: ScanInputs, device: torch.device, driver: str | None = None) -> None:
+    truth, yardstick = _both(REFERENCE, moved(inputs, dtype=torch.float64)), _both(REFERENCE, inputs)
+    within(_both(backend, moved(inputs, device=device), *filter(None, [driver])), yardstick, truth, inputs)
+
+
+def within(ours: Results, yardstick: Results, truth: Results, inputs: ScanInputs) -> None:
+    """
+    Raises:
+        ArithmeticError: one of ours is further from the truth than the yardstick allows.
+    """
     eps = torch.finfo(torch.bfloat16 if inputs.spec.precision == "tf32" else inputs.gx.dtype).eps
     for (name, a), (_, b), (_, c) in zip(ours, yardstick, truth, strict=True):
-        a, b = a.cpu().double(), b.double()
+        a, b = a.to(c.device).double(), b.double()
         bound = (FACTOR * (b - c).abs().max() + FLOOR * eps * c.abs().max()).item()
         error = (a - c).abs().max().item()
         if not error <= bound:  # NaN is no small error
             raise ArithmeticError(f"{name}, H={inputs.states[0].shape[2]}: error {error:.2e} above {bound:.2e}")
 
 
-def _results(backend: Any, inputs: ScanInputs) -> list[tuple[str, Tensor]]:
-    """Outputs and gradients by name; planes only count through the gradients."""
-    out: ScanOutputs = backend.forward(inputs)
-    dy = torch.ones_like(out.y)
-    dfinal = tuple(torch.ones_like(v) for v in out.final)
+def _both(backend: Any, inputs: ScanInputs, *driver: str) -> Results:
+    out: ScanOutputs = backend.forward(inputs, *driver)
+    return [*of_forward(out), *of_backward(backward(backend, inputs, out, *driver))]
+
+
+def backward(backend: Any, inputs: ScanInputs, out: ScanOutputs, *driver: str) -> ScanGrads:
+    """Of the sum of all outputs."""
+    dy, dfinal = torch.ones_like(out.y), tuple(torch.ones_like(v) for v in out.final)
     dseq = tuple(v.new_empty(0) for v in out.seq)
-    grads = backend.backward(inputs, replace(out, final=()), dy, dfinal, dseq)
-    found = [("y", out.y), *((f"final[{k}]", v) for k, v in enumerate(out.final)), ("dgx", grads.dgx)]
-    if grads.dgh.numel():
-        found.append(("dgh", grads.dgh))
-    return [*found, *((f"dstates[{k}]", v) for k, v in enumerate(grads.dstates))]
+    return backend.backward(inputs, replace(out, final=()), dy, dfinal, dseq, *driver)
 
 
-def _moved(inputs: ScanInputs, device: torch.device | None = None, dtype: torch.dtype | None = None) -> ScanInputs:
+def of_forward(out: ScanOutputs) -> Results:
+    """What counts of it, by name; planes do through the gradients."""
+    return [("y", out.y), *((f"final[{k}]", v) for k, v in enumerate(out.final))]
+
+
+def of_backward(grads: ScanGrads) -> Results:
+    dgh = [("dgh", grads.dgh)] if grads.dgh.numel() else []
+    return [("dgx", grads.dgx), *dgh, *((f"dstates[{k}]", v) for k, v in enumerate(grads.dstates))]
+
+
+def moved(scan: Scan, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Scan:
     """The same numbers on another device or in another floating-point dtype."""
 
     def move(value: Any) -> Any:
         if isinstance(value, Tensor):
             return value.to(device=device, dtype=dtype if value.is_floating_point() else None)
-        if isinstance(value, tuple) and not isinstance(value, ScanSpec):
+        if isinstance(value, tuple):
             return tuple(move(v) for v in value)
         return value
 
-    return replace(inputs, **{name: move(getattr(inputs, name)) for name in _names(inputs)})
-
-
-def _names(inputs: ScanInputs) -> Iterator[str]:
-    return (field.name for field in fields(inputs) if field.name != "spec")
+    return replace(scan, **{field.name: move(getattr(scan, field.name)) for field in fields(scan)})
