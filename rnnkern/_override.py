@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from rnnkern import _fast, dispatch, functional
+from rnnkern.cells import CELLS
 
 _CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")
 _TITLES = {"rnn_tanh": "RNNCell", "rnn_relu": "RNNCell", "gru": "GRUCell", "lstm": "LSTMCell"}
@@ -205,7 +206,8 @@ def _dense(cell: str, original: _Torch) -> Callable[..., Any]:
         refused = None
         if not _thread.inside and input.dim() == 3 and not _watched(input, *states, *params):
             T, B = (input.size(1), input.size(0)) if batch_first else (input.size(0), input.size(1))
-            if not dispatch.wants_torch(input.device, input.dtype, cell, B, False, T):
+            sizes = _sizes(cell, input, params, num_layers, bidirectional)
+            if not dispatch.wants_torch(input.device, input.dtype, cell, B, False, T, sizes):
                 found = _on_rnnkern(functional.run, cell, input, states, params, *options)
                 if not isinstance(found, Exception):
                     return (found[0], *found[1])
@@ -213,6 +215,16 @@ def _dense(cell: str, original: _Torch) -> Callable[..., Any]:
         return original.instead(refused, keys, input, hx, params, *options)
 
     return kernel
+
+
+def _sizes(
+    cell: str, input: Tensor, params: list[Tensor], num_layers: int, bidirectional: bool
+) -> dispatch.Sizes | None:
+    """What only a choice on a GPU reads; None: elsewhere, and where torch is to say what is wrong with the weights."""
+    if not input.is_cuda or len(params) < 2 or params[0].dim() != 2 or params[1].dim() != 2:
+        return None
+    H = params[0].size(0) // len(CELLS[cell].gates)
+    return dispatch.Sizes(params[0].size(1), H, num_layers, 1 + bidirectional, params[1].size(1) != H)
 
 
 def _packed(cell: str, original: _Torch) -> Callable[..., Any]:
@@ -226,7 +238,9 @@ def _packed(cell: str, original: _Torch) -> Callable[..., Any]:
         states = tuple(hx) if two else (hx,)
         refused = None
         if not _thread.inside and sizes.dim() == 1 and not _watched(data, sizes, *states, *params):
-            if not dispatch.wants_torch(data.device, data.dtype, cell, 0, True, sizes.size(0)):
+            B = int(sizes[0]) if data.is_cuda and sizes.numel() else 0  # a choice on a CPU does not read it
+            known = _sizes(cell, data, params, num_layers, bidirectional)
+            if not dispatch.wants_torch(data.device, data.dtype, cell, B, True, sizes.size(0), known):
                 found = _on_rnnkern(functional.run, cell, data, states, params, *options, False, sizes)
                 if not isinstance(found, Exception):
                     return (found[0], *found[1])

@@ -18,6 +18,7 @@ from stacks import CELLS, KINDS, LAYOUTS, draw, example, flat, gradients, precis
 from tolerance import check, check_grad
 from torch import Tensor, nn
 from torch._dynamo import config as dynamo
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -405,6 +406,21 @@ def test_tensor_subclasses_are_torchs() -> None:
         (y, _), last = last_after(lambda: m(x))
     assert type(y) is type(theirs) is Tagged and last == "torch"
     check(y.as_subclass(Tensor), *[theirs.as_subclass(Tensor)] * 2)
+
+
+def test_a_choice_on_a_gpu_gets_its_sizes() -> None:
+    with FakeTensorMode():  # tensors of a GPU that is not there
+
+        def on_gpu(module: nn.Module) -> list[Tensor]:
+            return [torch.empty(w.shape, device="cuda") for w in module.parameters()]
+
+        x = torch.empty(5, 3, 10, device="cuda")
+        weights = on_gpu(nn.LSTM(10, 20, 2, bidirectional=True, proj_size=7, device="meta"))
+        assert _override._sizes("lstm", x, weights, 2, True) == (10, 20, 2, 2, True)
+        weights = on_gpu(nn.GRU(10, 20, device="meta"))
+        assert _override._sizes("gru", x, weights, 1, False) == (10, 20, 1, 1, False)
+        assert _override._sizes("gru", x, weights[:1], 1, False) is None
+        assert _override._sizes("gru", torch.empty(5, 3, 10), weights, 1, False) is None
 
 
 def test_only_the_keys_of_cpu_and_cuda_change() -> None:
