@@ -23,8 +23,8 @@ from rnnkern.cells import CELLS
 # May begin anywhere and have any strides: promised apart.
 _STRIDED = {"gx": "GX_ALIGNED", "dy": "DY_ALIGNED"}
 
-# Reads in vain before a partner counts as lost: seconds, at a trip to the second-level cache each.
-PATIENCE = 1 << 22
+# Reads in vain before a partner counts as lost: about half a second, at a trip to the second-level cache each.
+PATIENCE = 1 << 19
 
 
 class Program(NamedTuple):
