@@ -63,7 +63,10 @@ def source(kernel: Any, signature: dict[str, Any], constants: dict[str, Any]) ->
     names = list(kernel.arg_names)
     types = {name: "constexpr" if name in constants else signature[name] for name in names}
     aligned = {(k,): [["tt.divisibility", 16]] for k, name in enumerate(names) if str(types[name]).startswith("*")}
-    return ASTSource(kernel, types, {(names.index(name),): value for name, value in constants.items()}, aligned)
+    kind = ASTSource
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as kind
+    return kind(kernel, types, {(names.index(name),): value for name, value in constants.items()}, aligned)
 
 
 def examine(

@@ -51,3 +51,9 @@ def d_tanh(y):  # type: ignore[no-untyped-def]
 @triton.jit
 def d_relu(d, y):  # type: ignore[no-untyped-def]
     return tl.where(y <= 0.0, 0.0, d)  # not d * 0: as in torch, a NaN ends at a dead unit
+
+
+@triton.jit
+def zeros_like(x):  # type: ignore[no-untyped-def]
+    """Zeros laid out as x; tl.zeros_like knows no layouts, which are part of a tile's type in Gluon."""
+    return tl.where(x == x, 0.0, 0.0).to(x.dtype)

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, interpreter_builder
 
@@ -103,10 +104,9 @@ def together(
             launch(self, *args, **named)
             return
         patch = interpreter._patch_lang
-        scope = patch(self.fn)
-        interpreter._patch_lang = lambda fn: (
-            scope
-        )  # again at every call of a device function, it is a third of the time
+        # For a kernel and for Triton's own functions; again at every call of one, it is a third of the time.
+        scopes = [patch(self.fn), patch(tl.max.fn)]
+        interpreter._patch_lang = lambda fn: scopes[0]
         try:
             found = inspect.getcallargs(self.fn, *args, **{k: v for k, v in named.items() if k in self.arg_names})
             found = {k: v if k in self.constexprs else interpreter._implicit_cvt(v) for k, v in found.items()}
@@ -119,7 +119,8 @@ def together(
             if now:
                 now.pop()
             interpreter._patch_lang = patch
-            scope.restore()
+            for scope in reversed(scopes):
+                scope.restore()
 
     def loaded(self: InterpreterBuilder, *args: Any, **named: Any) -> Any:
         if now and args[-1] is True:  # is_volatile

@@ -152,15 +152,15 @@ def test_persistent_programs_all_run_at_once(direction: str, target: Target) -> 
             for dtype in (torch.float64, torch.float32, torch.bfloat16):
                 for N in (1, 2):
                     asked = ask(B=B, H=H, N=N, dtype=dtype, direction=direction, target=target)
-                    assert model(asked).driver != "persistent"
+                    assert model(asked).driver not in config.TOGETHER
                     found = model(asked, "persistent")
-                    if config.fits_persistent(asked, found):
+                    if config.fits_together(asked, found):
                         continue
                     offered += 1
                     assert dtype != torch.float64
                     assert -(-B // found.block_b) * -(-H // found.block_h) * N <= target.processors
     assert offered > 20
-    assert "gfx942" in config.fits_persistent(ask(target=shipped.TARGETS["gfx942"]), model(ask(), "persistent"))
+    assert "gfx942" in config.fits_together(ask(target=shipped.TARGETS["gfx942"]), model(ask(), "persistent"))
 
 
 def test_a_persistent_launch_is_cooperative(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,12 +120,12 @@ def has_the_weights_of_the_next_unit(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def forgets_resets(  # type: ignore[no-untyped-def]
-    rows, came, weights, carry, d_restart, was_reset, patience,
+    rows, came, held, carry, d_restart, was_reset, patience, PRODUCTS: tl.constexpr,
     K: tl.constexpr, STARTS: tl.constexpr, PARTS: tl.constexpr, SLICES: tl.constexpr, HAS_RESET: tl.constexpr,
     STORAGE: tl.constexpr, WORD: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, RELAXED: tl.constexpr,
 ):  # fmt: skip
     return _d_states(
-        rows, came, weights, carry, d_restart, was_reset & (was_reset == 0), patience,
+        rows, came, held, carry, d_restart, was_reset & (was_reset == 0), patience, PRODUCTS,
         K, STARTS, PARTS, SLICES, HAS_RESET, STORAGE, WORD, ACC, PRECISION, RELAXED,
     )  # fmt: skip
 

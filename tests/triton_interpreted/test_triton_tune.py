@@ -30,12 +30,15 @@ def test_most_telling_sizes_come_first() -> None:
 
 @pytest.mark.parametrize("driver", config.DRIVERS)
 @pytest.mark.parametrize("precision", tune.PRECISIONS)
-def test_neighbours_differ_in_one_number_and_can_all_be_run(driver: str, precision: str) -> None:
+def test_neighbours_differ_in_one_number_and_can_all_be_run(
+    driver: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config, "unavailable", lambda: "")  # what is only missing in the interpreter
     q = Kind("lstm", precision, 100 if driver != "batch_parallel" else 60, 16, "forward").question(H200)
     assert q.exact == (precision == "fp32")
     here = model(q, driver)
     found = list(tune.neighbours(q, here))
-    assert len(found) >= 3 or (q.exact and misfit(q, here))  # three products leave the persistent driver little room
+    assert len(found) >= 3 or (q.exact and misfit(q, here))  # three products leave little room, or are not done
     for near in found:
         changed = [name for name in vars(near) if getattr(near, name) != getattr(here, name)]
         assert len(changed) == 1 and changed != ["driver"] and not misfit(q, near)

@@ -58,7 +58,7 @@ def forward_scan(  # type: ignore[no-untyped-def]
     for g in tl.static_range(GATES):
         square = w + (n * GATES + g) * H * H + j[None, :] * H + j[:, None]
         weights = weights + (tl.load(square, mask=(j < H)[:, None] & inside, other=0.0),)
-    gate_bias = biases(bias, n, j, GATES, HAS_BIAS, ACC, H, BLOCK_B, BLOCK_H)
+    gate_bias = biases(bias, n, j, batch, GATES, HAS_BIAS, ACC, H)
     states = initial(h0, c0, own, j, batch, HAS_C, ACC, H)
 
     # A tile's rows may all end early: its walk has only the steps that one of them has.

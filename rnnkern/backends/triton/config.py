@@ -18,16 +18,18 @@ from typing import Any
 import torch
 
 from rnnkern._cuda import batch_parallel_h
+from rnnkern.backends.triton.gluon_shim import unavailable
 
-DRIVERS = ("batch_parallel", "per_step", "persistent")
+DRIVERS = ("batch_parallel", "per_step", "persistent", "gluon")
+TOGETHER = ("persistent", "gluon")  # those whose programs wait for each other
 PASSES = ("forward", "backward")
 VARIABLE = "RNNKERN_TRITON_CONFIG"
 _SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}  # KiB that one program may have
 
 _LEAST = {"block_b": 4, "block_h": 16, "block_k": 16}  # rows are padded to what an instruction multiplies
-# Of a persistent program's thread, by `_registers` and Question.exact: with more, kernels spill.
-_MOST_REGISTERS = {False: 176, True: 124}
-_PERSISTENT = {"block_b": (4, 64), "block_h": (8, 64), "block_k": (16, 4096)}  # least and most
+# Of a thread of programs that wait for each other, by `_registers`: with more, kernels spill.
+_MOST_REGISTERS = {"persistent": 176, "persistent, exact": 124, "gluon": 245}
+_BOUNDS = {"block_b": (4, 64), "block_h": (8, 64), "block_k": (16, 4096)}  # least and most, of these
 _TILES = (16, 32, 64)
 _LARGEST = {2: 32, 4: 32, 8: 16}  # edge of a tile, by bytes of an element; larger ones spill
 _SUMS = {2: 16384, 4: 1536, 8: 1024}  # sums of a program, likewise
@@ -71,7 +73,7 @@ class Config:
     driver: str
     block_b: int  # batch rows of a program
     block_h: int  # units of a program (batch_parallel: all of them)
-    block_k: int  # width of a slice of the product (batch_parallel: all of it; persistent: what is awaited at once)
+    block_k: int  # width of a slice of the product (batch_parallel: all of it; TOGETHER: what is awaited at once)
     warps: int
     stages: int
 
@@ -80,8 +82,8 @@ class Config:
             raise ValueError(f"driver {self.driver!r}: expected one of {', '.join(DRIVERS)}")
         for field in fields(self)[1:]:
             value, least, most = getattr(self, field.name), _LEAST.get(field.name, 1), 256
-            if self.driver == "persistent":
-                least, most = _PERSISTENT.get(field.name, (1, 16))
+            if self.driver in TOGETHER:
+                least, most = _BOUNDS.get(field.name, (1, 16))
             power = type(value) is int and value > 0 and not value & (value - 1)
             if field.name == "stages":
                 power = type(value) is int
@@ -190,22 +192,34 @@ def handed_over(q: Question) -> int:
     return q.H if q.direction == "forward" else q.gates * q.H
 
 
-def fits_persistent(q: Question, config: Config) -> str:
-    """Why the persistent driver cannot do it so, or nothing."""
+def awaited(q: Question, config: Config) -> tuple[int, ...]:
+    """Widths of the parts in which rows handed over are read, one after the other; with gluon, of a warp's slice."""
+    width = handed_over(q)
+    if config.driver == "persistent":
+        return parts(width, config.block_k)
+    least = 64 // q.dtype.itemsize  # a warp's threads read words of 8 bytes, 8 beside each other
+    return parts(-(-width // (least * config.warps)) * least, max(least, config.block_k // config.warps))
+
+
+def fits_together(q: Question, config: Config) -> str:
+    """Why the persistent driver, or its twin in Gluon, cannot do it so, or nothing."""
+    name = config.driver
     if q.target.kind == "hip":
-        return f"{q.target.name} (persistent programs hand values over by instructions of NVIDIA's)"
+        return f"{q.target.name} ({name} programs hand values over by instructions of NVIDIA's)"
     if q.target.arch < 80:
-        return f"{q.target.name} (persistent is for sm_80 and later)"
+        return f"{q.target.name} ({name} is for sm_80 and later)"
     if q.project:
-        return "a projection (persistent has no second product; per_step does it)"
+        return f"a projection ({name} has no second product; per_step does it)"
     if q.dtype == torch.float64:
-        return "torch.float64 (persistent holds all weights on the chip; per_step does it)"
-    crowded = _registers(q, config) > _MOST_REGISTERS[q.exact] or sum(_on_chip(q, config)) > q.target.shared
-    if config.warps > 8 or crowded:
+        return f"torch.float64 ({name} holds all weights on the chip; per_step does it)"
+    if name == "gluon" and q.exact:
+        return "float32 without TF32 (gluon makes one product in TF32; persistent makes three)"
+    most = _MOST_REGISTERS["persistent, exact" if q.exact else name]
+    if config.warps > 8 or _registers(q, config) > most or _shared(q, config) > q.target.shared:
         return f"H={q.H} in tiles of {config.block_b} rows and {config.block_h} units: more than fits one processor"
     programs = -(-q.H // config.block_h) * -(-q.B // config.block_b) * q.N
     if programs > q.target.processors:  # programs that wait for each other must all run at once
-        return f"{programs} programs at once on {q.target.processors} processors (persistent)"
+        return f"{programs} programs at once on {q.target.processors} processors ({name})"
     return ""
 
 
@@ -213,57 +227,82 @@ def misfit(q: Question, config: Config) -> str:
     """Why the driver cannot do it so, or nothing; per_step can do everything."""
     if config.driver == "batch_parallel":
         return fits_batch_parallel(q)
-    return fits_persistent(q, config) if config.driver == "persistent" else ""
+    if config.driver == "gluon" and (why := unavailable()):
+        return why
+    return fits_together(q, config) if config.driver in TOGETHER else ""
 
 
-def suits_persistent(q: Question) -> bool:
-    """Whether an estimate has the persistent driver ahead of the others, and it can do it."""
+def suits_together(q: Question, driver: str) -> bool:
+    """Whether an estimate has this driver, of those whose programs wait for each other, ahead of the others, and it can
+    do it."""
     most = (32768 if q.dtype.itemsize == 2 else 16384) // (1 if q.direction == "forward" else 2)
-    return q.B * q.H <= most and bool(fits_batch_parallel(q)) and not fits_persistent(q, _sliced(q))
+    return q.B * q.H <= most and bool(fits_batch_parallel(q)) and not misfit(q, _sliced(q, driver))
+
+
+def _columns(q: Question) -> int:
+    """Sums that a unit has."""
+    return q.gates if q.direction == "forward" else 1
 
 
 def _on_chip(q: Question, config: Config) -> tuple[int, int]:
     """Bytes of a program's weights, and of what it awaits at once."""
-    columns = config.block_h * (q.gates if q.direction == "forward" else 1)
-    found = parts(handed_over(q), config.block_k)
-    return sum(found) * columns * q.dtype.itemsize, max(found) * config.block_b * q.dtype.itemsize
+    found, rows, slices = awaited(q, config), config.block_b, 1
+    if config.driver == "gluon":
+        rows, slices = max(8, rows), config.warps  # threads of absent rows read those that there are
+    deep, widest = slices * sum(found), slices * max(found)
+    return deep * config.block_h * _columns(q) * q.dtype.itemsize, widest * rows * q.dtype.itemsize
+
+
+def _shared(q: Question, config: Config) -> int:
+    """Bytes of a program's shared memory: the weights and what they are multiplied with, or every slice's sums."""
+    if config.driver == "gluon":
+        return config.warps * config.block_b * config.block_h * _columns(q) * 4
+    return sum(_on_chip(q, config))
 
 
 def _registers(q: Question, config: Config) -> int:
-    """An estimate of a thread's: its part of the weights, and of what is awaited, before and after it is unpacked."""
-    weights, awaited = _on_chip(q, config)
-    shapes = len(set(parts(handed_over(q), config.block_k)))
-    return (weights + 2 * awaited) // (128 * config.warps) + 60 + 20 * shapes
+    """An estimate of a thread's: its part of the weights, and of what is awaited, before and after it is unpacked; with
+    gluon, its sums. What else there is was read off compiled kernels."""
+    weights, rows = _on_chip(q, config)
+    found = awaited(q, config)
+    if config.driver == "gluon":
+        sums = _columns(q) * config.block_h * max(16, config.block_b) // 32
+        other = 50 if q.direction == "forward" else 80 if q.dtype.itemsize == 2 else 112
+        return 5 * len(found) + (weights + 3 * rows) // (128 * config.warps) + sums + other
+    return (weights + 2 * rows) // (128 * config.warps) + 60 + 20 * len(set(found))
 
 
-def _sliced(q: Question) -> Config:
+def _sliced(q: Question, driver: str) -> Config:
     """The tile whose program reads least a step: rows from other processors, and its weights from its own memory."""
-    columns = q.gates if q.direction == "forward" else 1
     width = handed_over(q)
 
     def tile(rows: int, units: int, most: int) -> Config:
         """`most` bytes are awaited at once."""
         columns = most // (rows * q.dtype.itemsize)
-        return Config("persistent", rows, units, max(16, min(4096, columns, power_of_two(width))), 8, 1)
+        return Config(driver, rows, units, max(16, min(4096, columns, power_of_two(width))), 8, 1)
 
     def cost(found: Config) -> tuple[bool, int, int]:
-        reads = width * q.dtype.itemsize * (3 * found.block_b + columns * found.block_h)
-        waits = len(parts(width, found.block_k)) * 131072
-        return bool(fits_persistent(q, found)), reads + waits, -found.block_b * found.block_h
+        again = 0 if driver == "gluon" else _columns(q) * found.block_h  # weights that stay in registers are not read
+        reads = width * q.dtype.itemsize * (3 * found.block_b + again)
+        waits = len(awaited(q, found)) * 131072
+        return bool(fits_together(q, found)), reads + waits, -found.block_b * found.block_h
 
-    tiles = itertools.product((4, 8, 16), (8, 16, 32), (32768, 16384))
+    at_once = (32768, 16384, 8192) if driver == "gluon" else (32768, 16384)
+    tiles = itertools.product((4, 8, 16), (8, 16, 32), at_once)
     return min((tile(*given) for given in tiles), key=cost)
 
 
 def model(q: Question, driver: str | None = None) -> Config:
     """What sizes alone suggest: all of a small H in one program, else as many programs as there are processors.
 
-    Never "persistent", which has not run on a GPU yet: RNNKERN_TRITON_CONFIG asks for it by name. What automatic choice
-    would take is `suits_persistent`.
+    Never those of TOGETHER, which have not run on a GPU yet: RNNKERN_TRITON_CONFIG asks for them by name. Where they
+    would be worth it is `suits_together`.
     """
     if driver is None:
         driver = "per_step" if fits_batch_parallel(q) else "batch_parallel"
-    return {"batch_parallel": _whole, "per_step": _tiled, "persistent": _sliced}[driver](q)
+    if driver in TOGETHER:
+        return _sliced(q, driver)
+    return _whole(q) if driver == "batch_parallel" else _tiled(q)
 
 
 def _whole(q: Question) -> Config:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -11,8 +11,8 @@ from torch import Tensor
 from rnnkern.backends.base import ScanGrads, ScanInputs, ScanOutputs
 from rnnkern.backends.triton import batch_parallel_kernels as whole
 from rnnkern.backends.triton import per_step_kernels as single
-from rnnkern.backends.triton import persistent_kernels as sliced
-from rnnkern.backends.triton.config import Config, Question, Target, choose, handed_over, parts, precision
+from rnnkern.backends.triton import persistent_kernels
+from rnnkern.backends.triton.config import TOGETHER, Config, Question, Target, awaited, choose, handed_over, precision
 from rnnkern.backends.triton.interpreter import INTERPRETED
 from rnnkern.backends.triton.launch import Launch, launch
 from rnnkern.backends.triton.lost import LOST
@@ -54,9 +54,9 @@ def plan_forward(inputs: ScanInputs, target: Target, driver: str | None = None) 
     config = choose(asked, driver)
     if config.driver == "batch_parallel":
         return out, _whole(work, whole.forward_scan, config)
-    if config.driver == "persistent":
+    if config.driver in TOGETHER:
         work.to_be_awaited(out.y)
-        return out, _sliced(work, sliced.forward_together, config, handed_over(asked), ("y", "h0", "restart_h"))
+        return out, _sliced(work, asked, config, ("y", "h0", "restart_h"))
     if work.project:
         saved = out.hidden if out.hidden.numel() else _scratch(work, work.H, work.dtype)
         work.arguments["hidden"] = saved
@@ -84,9 +84,9 @@ def plan_backward(
     config = choose(asked, driver)
     if config.driver == "batch_parallel":
         return grads, _whole(work, whole.backward_scan, config)
-    if config.driver == "persistent":
+    if config.driver in TOGETHER:
         work.to_be_awaited(work.arguments["dgh"])
-        return grads, _sliced(work, sliced.backward_together, config, handed_over(asked), ("dgh",))
+        return grads, _sliced(work, asked, config, ("dgh",))
     if work.step.mixes_h:
         work.arguments["carry"] = _scratch(work, work.H, work.acc)
     if grads.dreset_states and work.acc != work.dtype:  # a sum over steps is made in the accumulation dtype
@@ -110,15 +110,28 @@ def _whole(work: Work, kernel: object, config: Config) -> Program:
     return Program((launch(kernel, grid, config.options(work.target), constants, work.arguments),))
 
 
-def _sliced(work: Work, kernel: object, config: Config, width: int, read: tuple[str, ...]) -> Program:
-    """`width` and `read` are what programs read of each other: how wide the rows are, and of which tensors."""
-    device, found = work.inputs.gx.device, parts(width, config.block_k)
+def _together(driver: str) -> Any:
+    """The module with the kernels whose programs wait for each other."""
+    if driver == "gluon":  # not at the top: there are Tritons without Gluon
+        from rnnkern.backends.triton import gluon_kernels
+
+        return gluon_kernels
+    return persistent_kernels
+
+
+def _sliced(work: Work, asked: Question, config: Config, read: tuple[str, ...]) -> Program:
+    """`read` are the tensors of which programs read each other's rows."""
+    device, found, of = work.inputs.gx.device, awaited(asked, config), _together(config.driver)
+    kernel = of.forward_together if asked.direction == "forward" else of.backward_together
     starts = tuple(sum(found[:k]) for k in range(len(found)))
     constants = work.constants | {
         "CELL": _cell(work, kernel),
+        "TILE": of.tile,
+        "WEIGHTS": of.weights,
+        "PRODUCTS": of.products,
         "STARTS": starts,
         "PARTS": found,
-        "WORD": _word(width * work.dtype.itemsize, [work.arguments[name] for name in read]),
+        "WORD": _word(handed_over(asked) * work.dtype.itemsize, [work.arguments[name] for name in read]),
         "RELAXED": work.target.kind == "cuda" and not INTERPRETED,
         "BLOCK_B": config.block_b,
         "BLOCK_H": config.block_h,
@@ -144,9 +157,8 @@ def _single(work: Work, kernel: object, config: Config, width: int) -> Launch:
     return launch(kernel, grid, config.options(work.target), work.constants | {"CELL": _cell(work, kernel)} | tiles)
 
 
-def _cell(work: Work, kernel: object) -> object:
-    forward = kernel in (single.forward_step, whole.forward_scan, sliced.forward_together)
-    return work.step.step if forward else work.step.step_backward
+def _cell(work: Work, kernel: Any) -> object:
+    return work.step.step if kernel.__name__.startswith("forward") else work.step.step_backward
 
 
 def _table(work: Work) -> dict[str, Tensor | int]:

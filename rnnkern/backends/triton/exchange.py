@@ -59,10 +59,11 @@ def _elements(words, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
 @triton.jit
 def _missing(words, waits, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Whether one of the elements that are waited for has not come, as a number."""
-    each = _elements(words, TYPE)
-    found = each[0] == SENTINEL
-    for e in tl.static_range(1, words.dtype.primitive_bitwidth // TYPE.primitive_bitwidth):
-        found = found | (each[e] == SENTINEL)
+    # A word at once, which needs fewer registers than to take it apart. Elements of ones only are zeros of its
+    # complement; with one less in each of these, such a zero (of several, the lowest) turns the element's highest bit.
+    ONES: tl.constexpr = ((1 << words.dtype.primitive_bitwidth) - 1) // ((1 << TYPE.primitive_bitwidth) - 1)
+    HIGHEST: tl.constexpr = (ONES << (TYPE.primitive_bitwidth - 1)) - (1 << words.dtype.primitive_bitwidth)
+    found = ((-1 - ONES - words) & words & HIGHEST) != 0
     return tl.max(tl.ravel((found & waits).to(tl.int32)), axis=0)
 
 

@@ -44,8 +44,8 @@ class Lost:
         """What a kernel on that device sets to 1."""
         if device not in self.flags and _recording(device):
             raise RuntimeError(
-                "the first scan with driver=persistent on a device cannot be recorded in a CUDA graph: run the model"
-                " once before"
+                "the first scan with driver=persistent or gluon on a device cannot be recorded in a CUDA graph: run"
+                " the model once before"
             )
         with self.lock:
             if device not in self.flags:
@@ -66,7 +66,8 @@ class Lost:
             flag.clear()
         raise RuntimeError(
             f"an earlier scan on {device} gave up waiting for programs of its own launch, and its results are NaN: the"
-            " device did not run all of them at once. Without driver=persistent in RNNKERN_TRITON_CONFIG none waits"
+            " device did not run all of them at once. Without driver=persistent or gluon in RNNKERN_TRITON_CONFIG none"
+            " waits"
         )
 
     def watch(self, device: torch.device) -> None:

@@ -6,6 +6,9 @@ never waits for. All programs of the same rows walk the same steps, so whoever i
 
 What is handed over is read, and its product made, in PARTS of powers of two, H = 768 as 512 + 256 and not as 1024; and
 each part in SLICES beside each other, one for a warp, whose sums are added up in the end.
+
+Where the elements of a tile lie is Triton's choice here. TILE, WEIGHTS and PRODUCTS are what knows of it, so that the
+same walk can be compiled as Gluon, where it is the kernel's (gluon_kernels.py).
 """
 
 # mypy: disable-error-code="assignment, misc"
@@ -32,6 +35,10 @@ from rnnkern.backends.triton.whole_scan import (
     through,
     wide,
 )
+from rnnkern.cells.triton_math import zeros_like
+
+# No kernel is compiled anew for these.
+NUMBERS = ["T", "B", "gx_row", "gx_group", "dy_row", "dy_group", "reset_row", "reset_group", "patience"]
 
 
 @triton.jit
@@ -62,15 +69,54 @@ def _part(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _spoil(base, rows, mask, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+def tile(BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, SLICES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Rows and units of a tile, counted from its first."""
+    return tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_H)
+
+
+@triton.jit
+def weights(  # type: ignore[no-untyped-def]
+    w, first, COUNT: tl.constexpr, STARTS: tl.constexpr, PARTS: tl.constexpr, K: tl.constexpr, H: tl.constexpr,
+    STEP_K: tl.constexpr, STEP_J: tl.constexpr, BLOCK_H: tl.constexpr, SLICES: tl.constexpr, STORAGE: tl.constexpr,
+    WORD: tl.constexpr,
+):  # fmt: skip
+    """What every part is multiplied with for each of COUNT sums, parts first; for units from `first` on."""
+    j = first + tl.arange(0, BLOCK_H)
+    found = ()
+    for p in tl.static_range(len(PARTS)):
+        for g in tl.static_range(COUNT):
+            found = found + (_weights(w + g * K * H, j, STARTS[p], PARTS[p], K, H, SLICES, STEP_K, STEP_J),)
+    return found
+
+
+@triton.jit
+def products(  # type: ignore[no-untyped-def]
+    rows, needed, waits, patience, held, sums, STARTS: tl.constexpr, PARTS: tl.constexpr, K: tl.constexpr,
+    SLICES: tl.constexpr, STORAGE: tl.constexpr, WORD: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    RELAXED: tl.constexpr,
+):  # fmt: skip
+    """(`sums` and what rows, as far as they are `needed`, give with the weights that are held, patience)"""
+    for p in tl.static_range(len(PARTS)):
+        part, patience = _part(rows, needed, waits, patience, STARTS[p], PARTS[p], K, SLICES, STORAGE, WORD, RELAXED)
+        larger = ()
+        for g in tl.static_range(len(sums)):
+            product = tl.dot(part, held[p * len(sums) + g], input_precision=PRECISION, out_dtype=ACC)
+            larger = larger + (sums[g] + tl.sum(product, axis=0),)
+        sums = larger
+    return sums, patience
+
+
+@triton.jit
+def _spoil(base, rows, j, mask, WIDTH: tl.constexpr, BLOCK_H: tl.constexpr):  # type: ignore[no-untyped-def]
     """NaN in whole rows."""
-    nan = tl.full((rows.shape[0], 64), float("nan"), base.dtype.element_ty)
-    for first in range(0, WIDTH, 64):
-        j = first + tl.arange(0, 64)
-        tl.store(base + (rows * WIDTH)[:, None] + j[None, :], nan, mask=mask[:, None] & (j < WIDTH)[None, :])
+    for first in range(0, WIDTH, BLOCK_H):
+        k = (first + j % BLOCK_H)[None, :]
+        there = mask[:, None] & (k < WIDTH)
+        nan = tl.where(there, float("nan"), 0.0).to(base.dtype.element_ty)
+        tl.store(base + (rows * WIDTH)[:, None] + k, nan, mask=there)
 
 
-@triton.jit(do_not_specialize=["T", "B", "gx_row", "gx_group", "reset_row", "reset_group", "patience"])
+@triton.jit(do_not_specialize=NUMBERS)
 def forward_together(  # type: ignore[no-untyped-def]
     gx, w, bias, h0, c0, restart_h, restart_c, reset, lengths, offsets, y, h_last, c_last, seq, planes, lost,
     T, B, gx_row, gx_group, reset_row, reset_group, patience,
@@ -81,10 +127,12 @@ def forward_together(  # type: ignore[no-untyped-def]
     STORAGE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, GX_ALIGNED: tl.constexpr,
     STARTS: tl.constexpr, PARTS: tl.constexpr, WORD: tl.constexpr, RELAXED: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, SLICES: tl.constexpr,
+    TILE: tl.constexpr, WEIGHTS: tl.constexpr, PRODUCTS: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(2).to(tl.int64)
-    b = tl.program_id(1).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    j = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
+    b, j = TILE(BLOCK_B, BLOCK_H, SLICES)
+    b += tl.program_id(1).to(tl.int64) * BLOCK_B
+    j += tl.program_id(0) * BLOCK_H
     T = T.to(tl.int64)
     B = B.to(tl.int64)
     gx_row = wide(gx_row, GX_ALIGNED)
@@ -95,12 +143,11 @@ def forward_together(  # type: ignore[no-untyped-def]
     own = n * B + b
     batch = (b < B)[:, None] & inside
 
-    weights = ()
-    for p in tl.static_range(len(PARTS)):
-        for g in tl.static_range(GATES):
-            square = w + (n * GATES + g) * H * H
-            weights = weights + (_weights(square, j, STARTS[p], PARTS[p], H, H, SLICES, 1, H),)
-    gate_bias = biases(bias, n, j, GATES, HAS_BIAS, ACC, H, BLOCK_B, BLOCK_H)
+    held = WEIGHTS(
+        w + n * GATES * H * H, tl.program_id(0) * BLOCK_H, GATES,
+        STARTS, PARTS, H, H, 1, H, BLOCK_H, SLICES, STORAGE, WORD,
+    )  # fmt: skip
+    gate_bias = biases(bias, n, j, batch, GATES, HAS_BIAS, ACC, H)
     states = initial(h0, c0, own, j, batch, HAS_C, ACC, H)
 
     steps = tl.max(length)
@@ -124,14 +171,10 @@ def forward_together(  # type: ignore[no-untyped-def]
         elif HAS_RESET:
             needed = alive & (replaced == 0)
         waits = alive & went & (replaced == 0)
-        gh = gate_bias
-        for p in tl.static_range(len(PARTS)):
-            h, patience = _part(rows, needed, waits, patience, STARTS[p], PARTS[p], H, SLICES, STORAGE, WORD, RELAXED)
-            sums = ()
-            for g in tl.static_range(GATES):
-                product = tl.dot(h, weights[p * GATES + g], input_precision=PRECISION, out_dtype=ACC)
-                sums = sums + (gh[g] + tl.sum(product, axis=0),)
-            gh = sums
+        gh, patience = PRODUCTS(
+            rows, needed, waits, patience, held, gate_bias,
+            STARTS, PARTS, H, SLICES, STORAGE, WORD, ACC, PRECISION, RELAXED,
+        )  # fmt: skip
 
         new, activations = CELL(x, gh, entering)
 
@@ -152,33 +195,32 @@ def forward_together(  # type: ignore[no-untyped-def]
         tl.store(lost, 1)
         for late in range(tl.maximum(s - 2, 0), steps):
             row, alive = locate(first + late, back, b, length, B, T, offsets, HAS_OFFSETS)
-            _spoil(y, row * N + n, alive, H)
+            _spoil(y, row * N + n, j, alive, H, BLOCK_H)
             if HAS_C and SAVE_STATES:
-                _spoil(seq, row * N + n, alive, H)
+                _spoil(seq, row * N + n, j, alive, H, BLOCK_H)
             if SAVE_PLANES:
-                _spoil(planes, row * N + n, alive, SAVED * H)
-        _spoil(h_last, own, b < B, H)
+                _spoil(planes, row * N + n, j, alive, SAVED * H, BLOCK_H)
+        _spoil(h_last, own, j, b < B, H, BLOCK_H)
         if HAS_C:
-            _spoil(c_last, own, b < B, H)
+            _spoil(c_last, own, j, b < B, H, BLOCK_H)
 
 
 @triton.jit
 def _d_states(  # type: ignore[no-untyped-def]
-    rows, came, weights, carry, d_restart, was_reset, patience,
+    rows, came, held, carry, d_restart, was_reset, patience, PRODUCTS: tl.constexpr,
     K: tl.constexpr, STARTS: tl.constexpr, PARTS: tl.constexpr, SLICES: tl.constexpr, HAS_RESET: tl.constexpr,
     STORAGE: tl.constexpr, WORD: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, RELAXED: tl.constexpr,
 ):  # fmt: skip
     """(dh as it leaves the step before, what goes to the reset state, patience) from a step's gate gradients and its
     carry."""
-    total = carry
-    for p in tl.static_range(len(PARTS)):
-        d, patience = _part(rows, came, came, patience, STARTS[p], PARTS[p], K, SLICES, STORAGE, WORD, RELAXED)
-        total += tl.sum(tl.dot(d, weights[p], input_precision=PRECISION, out_dtype=ACC), axis=0)
-    total, d_restart = through(total, carry, d_restart, came, was_reset, HAS_RESET)
+    sums, patience = PRODUCTS(
+        rows, came, came, patience, held, (carry,), STARTS, PARTS, K, SLICES, STORAGE, WORD, ACC, PRECISION, RELAXED
+    )
+    total, d_restart = through(sums[0], carry, d_restart, came, was_reset, HAS_RESET)
     return total, d_restart, patience
 
 
-@triton.jit(do_not_specialize=["T", "B", "dy_row", "dy_group", "reset_row", "reset_group", "patience"])
+@triton.jit(do_not_specialize=NUMBERS)
 def backward_together(  # type: ignore[no-untyped-def]
     w, h0, c0, restart_h, restart_c, reset, lengths, offsets, y, seq, planes, dy, dseq,
     dgx, dgh, dh0, dc0, drestart_h, drestart_c, lost,
@@ -190,10 +232,12 @@ def backward_together(  # type: ignore[no-untyped-def]
     STORAGE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, DY_ALIGNED: tl.constexpr,
     STARTS: tl.constexpr, PARTS: tl.constexpr, WORD: tl.constexpr, RELAXED: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, SLICES: tl.constexpr,
+    TILE: tl.constexpr, WEIGHTS: tl.constexpr, PRODUCTS: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(2).to(tl.int64)
-    b = tl.program_id(1).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    j = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
+    b, j = TILE(BLOCK_B, BLOCK_H, SLICES)
+    b += tl.program_id(1).to(tl.int64) * BLOCK_B
+    j += tl.program_id(0) * BLOCK_H
     T = T.to(tl.int64)
     B = B.to(tl.int64)
     dy_row = wide(dy_row, DY_ALIGNED)
@@ -205,10 +249,10 @@ def backward_together(  # type: ignore[no-untyped-def]
     batch = (b < B)[:, None] & inside
     K: tl.constexpr = GATES * H  # dgh is as wide, and W as high
 
-    weights = ()
-    for p in tl.static_range(len(PARTS)):
-        weights = weights + (_weights(w + n * K * H, j, STARTS[p], PARTS[p], K, H, SLICES, H, 1),)
-    zero = tl.zeros((BLOCK_B, BLOCK_H), ACC)
+    held = WEIGHTS(
+        w + n * K * H, tl.program_id(0) * BLOCK_H, 1, STARTS, PARTS, K, H, H, 1, BLOCK_H, SLICES, STORAGE, WORD
+    )
+    zero = zeros_like(batch).to(ACC)
     # They come holding the gradients of the final states.
     carry = read(dh0, own, j, batch, ACC, H)
     dc = zero
@@ -240,7 +284,7 @@ def backward_together(  # type: ignore[no-untyped-def]
             dc += read(dseq, at, j, mask, ACC, H)
 
         total, d_restart_h, patience = _d_states(
-            dgh + (after * N + n) * K, came, weights, carry, d_restart_h, was_reset, patience,
+            dgh + (after * N + n) * K, came, held, carry, d_restart_h, was_reset, patience, PRODUCTS,
             K, STARTS, PARTS, SLICES, HAS_RESET, STORAGE, WORD, ACC, PRECISION, RELAXED,
         )  # fmt: skip
         dstates = (total + given,)
@@ -261,7 +305,7 @@ def backward_together(  # type: ignore[no-untyped-def]
         after = row
 
     total, d_restart_h, patience = _d_states(
-        dgh + (after * N + n) * K, came, weights, carry, d_restart_h, was_reset, patience,
+        dgh + (after * N + n) * K, came, held, carry, d_restart_h, was_reset, patience, PRODUCTS,
         K, STARTS, PARTS, SLICES, HAS_RESET, STORAGE, WORD, ACC, PRECISION, RELAXED,
     )  # fmt: skip
     if patience > 0:
@@ -272,13 +316,13 @@ def backward_together(  # type: ignore[no-untyped-def]
         tl.store(lost, 1)
         for late in range(0, tl.minimum(s + 2, steps)):
             row, alive = locate(first + late, back, b, length, B, T, offsets, HAS_OFFSETS)
-            _spoil(dgh, row * N + n, alive, K)
+            _spoil(dgh, row * N + n, j, alive, K, BLOCK_H)
             if SPLIT:
-                _spoil(dgx, row * N + n, alive, K)
-        _spoil(dh0, own, b < B, H)
+                _spoil(dgx, row * N + n, j, alive, K, BLOCK_H)
+        _spoil(dh0, own, j, b < B, H, BLOCK_H)
         if HAS_RESTART:
-            _spoil(drestart_h, own, b < B, H)
+            _spoil(drestart_h, own, j, b < B, H, BLOCK_H)
         if HAS_C:
-            _spoil(dc0, own, b < B, H)
+            _spoil(dc0, own, j, b < B, H, BLOCK_H)
             if HAS_RESTART:
-                _spoil(drestart_c, own, b < B, H)
+                _spoil(drestart_c, own, j, b < B, H, BLOCK_H)

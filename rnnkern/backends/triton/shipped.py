@@ -1,5 +1,5 @@
 """Every kernel that automatic choice can launch, for a representative set of scans and for every entry of the table:
-what a compile check compiles; and those of the persistent driver where that would suit.
+what a compile check compiles; and those of drivers that are only asked for by name where they would suit.
 
 Made by the code that makes launches, from tensors without memory, so that the two cannot drift apart.
 """
@@ -15,7 +15,7 @@ import torch
 
 from rnnkern.backends.base import ScanInputs, ScanSpec, accumulation_dtype
 from rnnkern.backends.triton.cells import STEPS
-from rnnkern.backends.triton.config import Target, shipped_table, suits_persistent
+from rnnkern.backends.triton.config import TOGETHER, Target, shipped_table, suits_together
 from rnnkern.backends.triton.drivers import plan_backward, plan_forward, question
 from rnnkern.backends.triton.launch import TYPES, Launch
 from rnnkern.backends.triton.slots import NAMES, advance, write_table
@@ -87,9 +87,12 @@ def _of_one(target: Target, cell: str, dtype: torch.dtype, H: int, B: int, kind:
                     yield f"{title} {precision}", one
 
 
-def _drivers(inputs: ScanInputs, direction: str, target: Target, kind: str) -> tuple[str | None, ...]:
-    suits = kind == "plain" and suits_persistent(question(inputs, direction, target))
-    return (None, "persistent") if suits else (None,)
+def _drivers(inputs: ScanInputs, direction: str, target: Target, kind: str) -> list[str | None]:
+    asked, dtype = question(inputs, direction, target), inputs.gx.dtype
+    # A kernel in Gluon takes seconds to compile: one of those that differ in little.
+    alike = dtype == torch.float16 or asked.cell == "rnn_relu" or inputs.spec.save == "none" or asked.H < 200
+    named = (d for d in TOGETHER if kind == "plain" and not (d == "gluon" and alike))
+    return [None, *(d for d in named if suits_together(asked, d))]
 
 
 def _inputs(cell: str, dtype: torch.dtype, H: int, B: int, kind: str, save: str, precision: str) -> ScanInputs:

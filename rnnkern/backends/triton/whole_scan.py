@@ -11,6 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from rnnkern.cells.triton_math import zeros_like
+
 
 @triton.jit
 def wide(size, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -36,13 +38,12 @@ def resets(reset, reset_row, reset_group, row, n, alive, HAS_RESET: tl.constexpr
 
 @triton.jit
 def biases(  # type: ignore[no-untyped-def]
-    bias, n, j, GATES: tl.constexpr, HAS_BIAS: tl.constexpr, ACC: tl.constexpr, H: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
+    bias, n, j, batch, GATES: tl.constexpr, HAS_BIAS: tl.constexpr, ACC: tl.constexpr, H: tl.constexpr,
 ):  # fmt: skip
     """A tile for each gate, with which its sums begin."""
     found = ()
     for g in tl.static_range(GATES):
-        start = tl.zeros((BLOCK_B, BLOCK_H), ACC)
+        start = zeros_like(batch).to(ACC)
         if HAS_BIAS:
             start += tl.load(bias + (n * GATES + g) * H + j, mask=j < H, other=0.0).to(ACC)[None, :]
         found = found + (start,)

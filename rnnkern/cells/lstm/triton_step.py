@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import triton
-import triton.language as tl
+import triton.language as tl  # noqa: F401  the interpreter looks for it in the globals of every kernel
 
-from rnnkern.cells.triton_math import d_sigmoid, d_tanh, sigmoid, tanh
+from rnnkern.cells.triton_math import d_sigmoid, d_tanh, sigmoid, tanh, zeros_like
 
 
 @triton.jit
@@ -33,4 +33,4 @@ def step_backward(dstates, planes, states):  # type: ignore[no-untyped-def]
     dg = dc * i * d_tanh(g)
     dc0 = dc * f
     gates = (di, df, dg, do)
-    return gates, gates, (tl.zeros_like(dh), dc0)
+    return gates, gates, (zeros_like(dh), dc0)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import triton
-import triton.language as tl
+import triton.language as tl  # noqa: F401  the interpreter looks for it in the globals of every kernel
 
-from rnnkern.cells.triton_math import d_relu, d_tanh, relu, tanh
+from rnnkern.cells.triton_math import d_relu, d_tanh, relu, tanh, zeros_like
 
 
 @triton.jit
@@ -32,4 +32,4 @@ def relu_step_backward(dstates, planes, states):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _backward(da):  # type: ignore[no-untyped-def]
-    return (da,), (da,), (tl.zeros_like(da),)
+    return (da,), (da,), (zeros_like(da),)
