@@ -29,6 +29,12 @@ class CellSpec:
     ``step(gx, gh, states, aux) -> (new states, planes)`` takes and returns tuples with one tensor per gate, state or
     plane; the new h has width H, before projection. ``step_backward(dstates, planes, states, aux) -> (dgx, dgh,
     dentering, dsmall)`` is written by hand: kernels mirror it line for line.
+
+    Two more make second derivatives and forward mode fast, for a cell without small parameters, masks and clips; a cell
+    that lacks them has the reference differentiated. Arguments that begin with t are tangents. ``step_jvp(tgx, tgh,
+    tstates, planes, states) -> (new tstates, tplanes)``. ``step_backward_jvp(dstates, planes, tplanes, states, tstates)
+    -> (tdgx, tdgh, tdentering)`` is how the result of step_backward moves while dstates stay: it is linear in those, so
+    that their own tangents go through step_backward as they are.
     """
 
     name: str  # registry key; travels inside ScanSpec.cell
@@ -37,6 +43,8 @@ class CellSpec:
     planes: tuple[str, ...]  # activations that step_backward reads, storage dtype
     step: Callable[..., tuple[Row, Row]]
     step_backward: Callable[..., StepGrads]
+    step_jvp: Callable[..., tuple[Row, Row]] | None = None
+    step_backward_jvp: Callable[..., tuple[Row, Row, Row]] | None = None
     split: tuple[str, ...] = ()  # gates whose dgh differs from dgx (GRU: n); empty: dgh is not stored
     small: tuple[str, ...] = ()  # elementwise parameters it accepts; the driver sums their gradients, no atomics
     row: tuple[str, ...] = ()  # of those, the ones that need a whole row of H in one place
