@@ -14,6 +14,7 @@ from rnnkern._fold import Fold, Mapped, one_by_one, sample
 from rnnkern._plan import Plan, shape_only
 from rnnkern._run import real, run_reference, scan_arguments, unwatched
 from rnnkern._segments import backward_in_segments, steps_of_a_segment
+from rnnkern._tangents import LayerTangents, serves
 from rnnkern._weights import layer_gradients
 from rnnkern.backends.base import ScanGrads, ScanOutputs
 from rnnkern.backends.reference import BACKEND as REFERENCE
@@ -103,21 +104,48 @@ class LayerBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *g: Tensor | None) -> tuple[Any, ...]:
-        result: list[Tensor | None] = [None] * len(ctx.saved_tensors)
+        with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
+            return None, None, None, None, None, None, *LayerBackward._backward(ctx, g)
+
+    @staticmethod
+    def _backward(ctx: Any, g: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+        tensors = ctx.saved_tensors
         asked = [v is not None and given for v, given in zip(g, ctx.given, strict=True)]
-        if any(asked):
-            function, arguments, places = LayerBackward._recomputed(ctx, asked)
-            _, back = torch.func.vjp(function, *arguments)  # type: ignore[misc]
-            found = back(tuple(v for v, there in zip(g, asked, strict=True) if there))
-            for i, value in zip(places, found, strict=True):
-                result[i] = value
-        return None, None, None, None, None, None, *result
+        result: list[Tensor | None] = [None] * len(tensors)
+        if not any(asked):
+            return result
+        if serves(ctx.plan, (*tensors, *(v for v in g if v is not None))):
+            along = LayerTangents(ctx.plan, ctx.T, ctx.B, *LayerBackward._call(ctx), g)
+            k, inputs_at = ctx.plan.differentiable, len(tensors) - ctx.count
+            wanted = ctx.needs_input_grad[6:]
+            outputs = zip(along.outputs(), wanted, tensors, strict=False)
+            result[:k] = [v if want and d.dim() > 1 else None for v, want, d in outputs]
+            if any(wanted[inputs_at:]):
+                result[inputs_at:] = along.gradients(tensors[:k], (None,) * k, wanted[inputs_at:])
+            return result
+        function, arguments, places = LayerBackward._recomputed(ctx, asked)
+        _, back = torch.func.vjp(function, *arguments)  # type: ignore[misc]
+        found = back(tuple(v for v, there in zip(g, asked, strict=True) if there))
+        for i, value in zip(places, found, strict=True):
+            result[i] = value
+        return result
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
+        tensors, moving = ctx.saved_tensors, tangents[6:]
+        if serves(ctx.plan, (*tensors, *(t for t in moving if t is not None))):
+            along = LayerTangents(ctx.plan, ctx.T, ctx.B, *LayerBackward._call(ctx), moving[-ctx.count :])
+            k = ctx.plan.differentiable
+            return tuple(along.gradients(tensors[:k], moving[:k], ctx.given))
         function, arguments, places = LayerBackward._recomputed(ctx, ctx.given)
-        moved = iter(tangents_of(function, arguments, [tangents[6 + i] for i in places]))
+        moved = iter(tangents_of(function, arguments, [moving[i] for i in places]))
         return tuple(next(moved) if given else None for given in ctx.given)
+
+    @staticmethod
+    def _call(ctx: Any) -> tuple[Tensor, tuple[Tensor, ...], ScanOutputs]:
+        """x, args, and what the forward gave."""
+        _, (y, *seq, planes, hidden), (x, *args) = parts(ctx.plan, ctx.count, ctx.saved_tensors)
+        return x, tuple(args), ScanOutputs(y, (), tuple(seq), planes, hidden)
 
     @staticmethod
     def vmap(

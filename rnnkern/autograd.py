@@ -27,6 +27,7 @@ from rnnkern._run import (
     scan_arguments,
     unwatched,
 )
+from rnnkern._tangents import outputs_along, serves
 from rnnkern.backends.base import ScanInputs
 
 _wrapped = torch._C._functorch.is_functorch_wrapped_tensor
@@ -234,12 +235,15 @@ class LayerWithTangents(Layer):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
         plan, T, B, count = ctx.plan, ctx.T, ctx.B, ctx.plan.differentiable
+        (x, *args), moving = ctx.saved_tensors, tangents[5:]
+        if serves(plan, (x, *args, *(t for t in moving if t is not None))):
+            return *outputs_along(plan, ctx.backend, T, B, x, tuple(args), moving), None, None
 
         def run(x: Tensor, *args: Tensor) -> tuple[Tensor, ...]:
             out = run_reference(plan, T, B, x, args)[1]
             return (out.y, *out.final, *out.seq)[:count]
 
-        return *tangents_of(run, ctx.saved_tensors[: ctx.count], tangents[5:]), None, None
+        return *tangents_of(run, (x, *args), moving), None, None
 
 
 # Function.apply without the inspection of forward's signature that it makes at every call, for defaults that are not
