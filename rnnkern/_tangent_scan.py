@@ -1,8 +1,9 @@
 """A scan moved along a direction: the tangents of its outputs and of its gradients, in plain torch without a graph.
 
-Both halves are linear in the tangents, so that a loop over time holds only what passes from step to step; products of
-weights' tangents, and how step_backward itself moves, are made for all steps at once. Like every driver this one is the
-same for all cells: equations are in cells/*/reference.py.
+Both halves are linear in the tangents, and elementwise but for the products with weights. A loop over time therefore
+holds what passes from step to step alone: products with recurrent weights and with the cell's Jacobian. All that
+depends on known values is made for all steps at once. Loops are the same for all cells; equations are in
+cells/*/reference.py.
 
 Inside, tensors are [N, T, B, ...] in the order of each group's walk: every batch row begins at step 0, whatever its
 length and direction, and steps past its length hold zeros, which pass nothing on.
@@ -17,18 +18,17 @@ import torch
 from torch import Tensor
 
 from rnnkern.backends.base import ScanGrads, ScanInputs, ScanOutputs, ScanSpec, accumulation_dtype
-from rnnkern.cells import CELLS, Aux
+from rnnkern.cells import CELLS
 from rnnkern.cells.spec import Row
 
-PLAIN = Aux({}, {}, 0.0)  # no small parameters, masks and clips
 Optionals = Sequence[Tensor | None]
-Steps = list[Row]  # per step one tensor each for gates, states or planes
+Steps = Sequence[Tensor]
 
 
 def covers(spec: ScanSpec) -> bool:
     """Whether tangents of this scan can be had here; else the reference is differentiated."""
     plain = not spec.noise and spec.zoneout == (0.0, 0.0) and spec.cell_clip == spec.proj_clip == spec.grad_clip == 0.0
-    return CELLS[spec.cell].step_jvp is not None and plain and {"w_hh", "b_hh", "w_hr"}.issuperset(spec.params)
+    return CELLS[spec.cell].jacobian is not None and plain and {"w_hh", "b_hh", "w_hr"}.issuperset(spec.params)
 
 
 @dataclass
@@ -73,12 +73,12 @@ class Carried:
 
 @dataclass
 class Own:
-    """What every step adds to a backward's results."""
+    """What moves a backward by itself: every step adds it to the results. [N, T, B, ...]"""
 
-    gx: Steps
-    gh: Steps
-    entering: Steps
-    wide: tuple[Tensor, ...] | None  # to the gradient of h before projection
+    gx: Tensor
+    gh: Tensor
+    entering: Row
+    wide: Tensor | None  # to the gradient of h before projection
 
 
 class Walk:
@@ -139,6 +139,11 @@ class Walk:
         return start if self.lengths is None else torch.where(self.empty, d, start)
 
 
+def over_gates(v: Tensor) -> Tensor:
+    """[..., G, H] summed over G; one gate is no sum."""
+    return v.sum(-2) if v.shape[-2] > 1 else v.squeeze(-2)
+
+
 class TangentScan:
     """One scan with what its forward saved.
 
@@ -157,12 +162,16 @@ class TangentScan:
         self.w_hr = self.stacked("w_hr") if self.projected else None
         self.hidden = self.enter(outputs.hidden) if self.projected else None
         planes = outputs.planes if outputs.planes.numel() else y.unsqueeze(2)  # a plane that is y is not saved twice
-        self.planes = self.enter(planes).unbind(3)
+        self.planes = self.enter(planes).movedim(3, 0).contiguous().unbind(0)  # each is read several times
         self.reset = None if inputs.reset is None else self.walk.enter(inputs.reset.unsqueeze(-1)).unbind(1)
         starts = [s.to(self.dtype) for s in inputs.states]
         written = [self.enter(v) for v in (y, *outputs.seq)]
         restart = [s.to(self.dtype) for s in inputs.reset_states] or [torch.zeros_like(s) for s in starts]
         self.entering = tuple(map(self.entered, starts, written, restart))
+        assert self.cell.jacobian is not None
+        self.jacobian = self.cell.jacobian(self.planes, self.entering)
+        self.gh = [j.unbind(1) for j in self.jacobian.gh]
+        self.through = [[None if j is None else j.unbind(1) for j in row] for row in self.jacobian.states]
 
     # ---- the pieces of a scan ----------------------------------------------------------------------------------------
 
@@ -187,16 +196,13 @@ class TangentScan:
     def entered(self, start: Tensor, written: Tensor, restart: Tensor) -> Tensor:
         """A state as it enters every step, from how each step left it."""
         before = torch.cat((start.unsqueeze(1), written[:, :-1]), 1)
-        if self.reset is None:
-            return before
-        return torch.where(torch.stack(self.reset, 1), restart.unsqueeze(1), before)
+        if self.reset is not None:
+            before = torch.where(torch.stack(self.reset, 1), restart.unsqueeze(1), before)
+        return self.walk.masked(before)
 
-    def steps(self, tensors: Row) -> Steps:
-        """[N, T, B, ...] each, as one row per step."""
-        return list(zip(*(v.unbind(1) for v in tensors), strict=True))
-
-    def gates(self, v: Tensor) -> Row:
-        return v.chunk(len(self.cell.gates), -1)
+    def by_gate(self, v: Tensor) -> Tensor:
+        """[..., G*H] -> [..., G, H]"""
+        return v.unflatten(-1, (len(self.cell.gates), -1))
 
     def product(self, v: Tensor, w: Tensor) -> Tensor:
         """[N, T, B, k] times [N, k, m]."""
@@ -209,46 +215,72 @@ class TangentScan:
     # ---- forward -----------------------------------------------------------------------------------------------------
 
     def forward(self, direction: Direction) -> Moved:
-        assert self.cell.step_jvp is not None
         states = start = self.filled(direction.states, self.inputs.states)
         restart = self.filled(direction.reset_states, self.inputs.reset_states) or [torch.zeros_like(s) for s in start]
-        N, _, P = start[0].shape
-        T, width = self.inputs.T, self.w_hh.shape[1]
-        gx = start[0].new_zeros(1, 1, 1, 1).expand(N, T, 1, width) if direction.gx is None else self.enter(direction.gx)
-        gh = gx.new_zeros(N, T, 1, 1)
-        w, b, w_hr = (self.moving(name, direction) for name in ("w_hh", "b_hh", "w_hr"))
-        if w is not None:
-            gh = self.product(self.entering[0], w.mT)
-        if b is not None:
-            gh = gh + b[:, None, None]
-        y = gx.new_zeros(N, T, 1, 1)
-        if w_hr is not None and self.hidden is not None:
-            y = self.product(self.hidden, w_hr.mT)
-        w_hh, project = self.w_hh.mT, None if self.w_hr is None else self.w_hr.mT
-        entered, written, planes, hidden = [], [], [], []
-        own = self.steps((gx, gh, y))
-        for t, (plane, state) in enumerate(zip(self.steps(self.planes), self.steps(self.entering), strict=True)):
+        base, offset = self.pre_activations(direction)
+        tw_hr = self.moving("w_hr", direction)
+        wide = None if tw_hr is None or self.hidden is None else self.product(self.hidden, tw_hr.mT).unbind(1)
+        w_hh, w_hr = self.w_hh.mT.contiguous(), None if self.w_hr is None else self.w_hr.mT
+        K, shape = len(states), (*start[0].shape[:2], len(self.cell.gates), -1)
+        entered, written, products, hidden = [], [], [], []
+        for t in range(self.inputs.T):
             if self.reset is not None:
                 states = [torch.where(self.reset[t], r, s) for r, s in zip(restart, states, strict=True)]
             entered.append(states)
-            tgx, tgh, ty = own[t]
-            product = torch.baddbmm(tgh, states[0], w_hh)
-            new, moved = self.cell.step_jvp(self.gates(tgx), self.gates(product), states, plane, state)
-            states = list(new)
-            if project is not None:
-                hidden.append(states[0])
-                states[0] = torch.baddbmm(ty, states[0], project)
+            gh = torch.baddbmm(base[t], states[0], w_hh)
+            products.append(gh)
+            gates, new = gh.view(shape), []
+            for k in range(K):
+                v = over_gates(self.gh[k][t] * gates)
+                if offset is not None:
+                    v += offset[k][t]
+                for j, coefficient in enumerate(self.through[k]):
+                    if coefficient is not None:
+                        v.addcmul_(coefficient[t], states[j])
+                new.append(v)
+            if w_hr is not None:
+                hidden.append(new[0])
+                new[0] = torch.bmm(new[0], w_hr) if wide is None else torch.baddbmm(wide[t], new[0], w_hr)
+            states = new
             written.append(states)
-            planes.append(moved)
         left = [torch.stack(v, 1) for v in zip(*written, strict=True)]
         finals = tuple(self.walk.final(s, v) for s, v in zip(start, left, strict=True))
         y, *seq = (self.walk.leave(v) for v in left)
-        wide = self.walk.leave(torch.stack(hidden, 1)) if hidden else y.new_empty(0)
+        m = self.walk.leave(torch.stack(hidden, 1)) if hidden else y.new_empty(0)
         return Moved(
-            ScanOutputs(y, finals, tuple(seq), y.new_empty(0), wide),
+            ScanOutputs(y, finals, tuple(seq), y.new_empty(0), m),
             tuple(self.walk.masked(torch.stack(v, 1)) for v in zip(*entered, strict=True)),
-            tuple(self.walk.masked(torch.stack(v, 1)) for v in zip(*planes, strict=True)),
+            self.planes_along(direction, torch.stack(products, 1)),
         )
+
+    def pre_activations(self, direction: Direction) -> tuple[Steps, Sequence[Steps] | None]:
+        """What is added to every product h W_hh^T, and to every new state: the part that no loop is needed for.
+
+        Only a cell with `split` gates has the second; elsewhere gx adds to the product.
+        """
+        N, T, width = self.w_hh.shape[0], self.inputs.T, self.w_hh.shape[1]
+        base, offset = self.w_hh.new_zeros(1, 1, 1, 1).expand(N, T, 1, width), None
+        w, b = self.moving("w_hh", direction), self.moving("b_hh", direction)
+        if w is not None:
+            base = self.product(self.entering[0], w.mT)
+        if b is not None:
+            base = base + b[:, None, None]
+        if direction.gx is not None:
+            gx = self.enter(direction.gx)
+            if self.cell.split:
+                offset = [over_gates(j * self.by_gate(gx)).unbind(1) for j in self.jacobian.gx]
+            else:
+                base = base + gx
+        return base.unbind(1), offset
+
+    def planes_along(self, direction: Direction, gh: Tensor) -> Row:
+        """Tangents of the planes; gh has those of gx in it where gates are not split."""
+        assert self.cell.planes_jvp is not None
+        gx = gh.new_zeros(1).expand(gh.shape)
+        if self.cell.split and direction.gx is not None:
+            gx = self.enter(direction.gx)
+        found = self.cell.planes_jvp(self.by_gate(gx).unbind(-2), self.by_gate(gh).unbind(-2), self.planes)
+        return tuple(self.walk.masked(v) for v in found)
 
     # ---- backward ----------------------------------------------------------------------------------------------------
 
@@ -258,47 +290,62 @@ class TangentScan:
     def backward_jvp(self, carried: Carried, d: Gradients, moved: Moved, direction: Direction) -> Carried:
         """How `carried`, the backward of other gradients, moves; `d` are the tangents of those."""
         assert self.cell.step_backward_jvp is not None
-        x, h, entering = self.cell.step_backward_jvp(
+        gx, gh, (first, *rest) = self.cell.step_backward_jvp(
             carried.totals, self.planes, moved.planes, self.entering, moved.entering
         )
-        first, *rest = entering
         w, w_hr = self.moving("w_hh", direction), self.moving("w_hr", direction)
         if w is not None:
             first = first + self.product(carried.gh, w)
         wide = None if w_hr is None or carried.h is None else self.product(carried.h, w_hr)
-        own = Own(self.steps(x), self.steps(h), self.steps((first, *rest)), None if wide is None else wide.unbind(1))
-        return self.back(d, own)
+        own = torch.stack(gh, -2)
+        return self.back(d, Own(torch.stack(gx, -2) if self.cell.split else own, own, (first, *rest), wide))
 
     def back(self, d: Gradients, own: Own | None) -> Carried:
-        """The loop of either: linear in `d`, and in what `own` adds at every step."""
-        sources, split = self.sources(d), bool(self.cell.split)
+        """The loop of either: linear in `d` and in `own`."""
+        sources, K = self.sources(d), len(self.inputs.states)
         carry = [torch.zeros_like(s, dtype=self.dtype) for s in self.inputs.states]
         restart = [torch.zeros_like(v) for v in carry] if self.inputs.reset_states else []
-        totals, gates_x, gates_h, projected = [], [], [], []
-        planes, entering = self.steps(self.planes), self.steps(self.entering)
+        zero = self.w_hh.new_zeros(1, 1, 1)
+        added: list[Steps] = [[zero] * self.inputs.T] * K
+        own_gh = own_wide = None
+        if own is not None:
+            own_gh, added = own.gh.unbind(1), [v.unbind(1) for v in own.entering]
+            own_wide = None if own.wide is None else own.wide.unbind(1)
+        totals, products, projected = [], [], []
         for t in range(self.inputs.T - 1, -1, -1):
             total = [v if source is None else v + source[t] for v, source in zip(carry, sources, strict=True)]
             if self.w_hr is not None:
                 projected.append(total[0])
                 total[0] = torch.bmm(total[0], self.w_hr)
-                if own is not None and own.wide is not None:
-                    total[0] = total[0] + own.wide[t]
+                if own_wide is not None:
+                    total[0] += own_wide[t]
             totals.append(total)
-            x, h, through, _ = self.cell.step_backward(tuple(total), planes[t], entering[t], PLAIN)
-            if own is not None:
-                x, h, through = (
-                    tuple(map(torch.add, a, b)) for a, b in ((x, own.gx[t]), (h, own.gh[t]), (through, own.entering[t]))
-                )
-            gates_h.append(torch.cat(h, -1))
-            gates_x.append(torch.cat(x, -1) if split else gates_h[-1])
-            carry = [torch.baddbmm(through[0], gates_h[-1], self.w_hh), *through[1:]]
+            gh = self.gh[0][t] * total[0].unsqueeze(-2)
+            for k in range(1, K):
+                gh.addcmul_(self.gh[k][t], total[k].unsqueeze(-2))
+            if own_gh is not None:
+                gh += own_gh[t]
+            gh = gh.flatten(-2)
+            products.append(gh)
+            carry = [torch.baddbmm(added[0][t], gh, self.w_hh), *(v[t] for v in added[1:])]
+            for k, row in enumerate(self.through):
+                for j, coefficient in enumerate(row):
+                    if coefficient is not None:
+                        carry[j] = torch.addcmul(carry[j], coefficient[t], total[k])
             if self.reset is not None:
                 restart = [r + torch.where(self.reset[t], v, 0) for r, v in zip(restart, carry, strict=False)]
                 carry = [torch.where(self.reset[t], 0, v) for v in carry]
+        every = tuple(torch.stack(v[::-1], 1) for v in zip(*totals, strict=True))
+        of_gh = of_gx = torch.stack(products[::-1], 1)
+        if self.cell.split:
+            of_gx = zero if own is None else own.gx
+            for j, v in zip(self.jacobian.gx, every, strict=True):
+                of_gx = torch.addcmul(of_gx, j, v.unsqueeze(-2))
+            of_gx = of_gx.flatten(-2)
         return Carried(
-            tuple(torch.stack(v[::-1], 1) for v in zip(*totals, strict=True)),
-            torch.stack(gates_x[::-1], 1),
-            torch.stack(gates_h[::-1], 1),
+            every,
+            of_gx,
+            of_gh,
             torch.stack(projected[::-1], 1) if projected else None,
             [v if end is None else self.walk.unmoved(v, end) for v, end in zip(carry, d.final, strict=True)],
             restart,

@@ -68,8 +68,8 @@ def test_step_backward_is_the_derivative_of_step(cell, names):
     assert len(planes) == len(cell.planes) and len(new) == len(cell.states)
 
 
-@pytest.mark.parametrize("cell", [cell for cell in CELLS.values() if cell.step_jvp], ids=lambda cell: cell.name)
-def test_tangents_are_those_of_step_and_step_backward(cell):
+@pytest.mark.parametrize("cell", [cell for cell in CELLS.values() if cell.jacobian], ids=lambda cell: cell.name)
+def test_jacobian_and_tangents_are_those_of_step_and_step_backward(cell):
     def rows(names):
         return tuple(torch.randn(ROWS, H, dtype=D) for _ in names)
 
@@ -77,10 +77,15 @@ def test_tangents_are_those_of_step_and_step_backward(cell):
     primals = tuple(rows(names) for names in (cell.gates, cell.gates, cell.states))
     moved = tuple(rows(names) for names in (cell.gates, cell.gates, cell.states))
     (_, planes), truth = jvp(lambda *v: cell.step(*v, plain), primals, moved)
-    ours = cell.step_jvp(*moved, planes, primals[2])
-    check_grad([*ours[0], *ours[1]], [*truth[0], *truth[1]], [*truth[0], *truth[1]], cell.name)
+    jacobian, tplanes = cell.jacobian(planes, primals[2]), cell.planes_jvp(*moved[:2], planes)
+    new = []
+    for gx, gh, states in zip(*jacobian, strict=True):
+        terms = [gx * torch.stack(moved[0], -2), gh * torch.stack(moved[1], -2)]
+        through = [j * t for j, t in zip(states, moved[2], strict=True) if j is not None]
+        new.append(sum((term.sum(-2) for term in terms), sum(through, torch.zeros(ROWS, H, dtype=D))))
+    check_grad([*new, *tplanes], [*truth[0], *truth[1]], [*truth[0], *truth[1]], cell.name)
 
-    dstates, tplanes = rows(cell.states), ours[1]
+    dstates = rows(cell.states)
     back = lambda *v: cell.step_backward(dstates, *v, plain)[:3]  # noqa: E731
     _, truth = jvp(back, (planes, primals[2]), (tplanes, moved[2]))
     ours = cell.step_backward_jvp(dstates, planes, tplanes, primals[2], moved[2])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from rnnkern.cells.functions import d_sigmoid, d_tanh, t_d_sigmoid, t_d_tanh
-from rnnkern.cells.spec import Aux, Row, StepGrads
+from rnnkern.cells.spec import Aux, Jacobian, Row, StepGrads
 
 
 def step(gx: Row, gh: Row, states: Row, aux: Aux) -> tuple[Row, Row]:
@@ -28,13 +28,20 @@ def step_backward(dstates: Row, planes: Row, states: Row, aux: Aux) -> StepGrads
     return (dr, dz, dn), (dr, dz, dn * r), (dh0,), ()
 
 
-def step_jvp(tgx: Row, tgh: Row, tstates: Row, planes: Row, states: Row) -> tuple[Row, Row]:
-    (r, z, n, hn), h0, (th0,), thn = planes, states[0], tstates, tgh[2]
+def jacobian(planes: Row, states: Row) -> Jacobian:
+    (r, z, n, hn), h0 = planes, states[0]
+    jn = (1 - z) * d_tanh(n)
+    jr = jn * hn * d_sigmoid(r)
+    jz = (h0 - n) * d_sigmoid(z)
+    return Jacobian((torch.stack((jr, jz, jn), -2),), (torch.stack((jr, jz, jn * r), -2),), ((z,),))
+
+
+def planes_jvp(tgx: Row, tgh: Row, planes: Row) -> Row:
+    (r, z, n, hn), thn = planes, tgh[2]
     tr = (tgx[0] + tgh[0]) * d_sigmoid(r)
     tz = (tgx[1] + tgh[1]) * d_sigmoid(z)
     tn = (tgx[2] + tr * hn + r * thn) * d_tanh(n)
-    th = tn + tz * (h0 - n) + z * (th0 - tn)
-    return (th,), (tr, tz, tn, thn)
+    return tr, tz, tn, thn
 
 
 def step_backward_jvp(dstates: Row, planes: Row, tplanes: Row, states: Row, tstates: Row) -> tuple[Row, Row, Row]:

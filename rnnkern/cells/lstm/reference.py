@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rnnkern.cells.functions import clip, d_clip, d_normalise, d_sigmoid, d_tanh, normalise, t_d_sigmoid, t_d_tanh
-from rnnkern.cells.spec import Aux, Row, StepGrads
+from rnnkern.cells.spec import Aux, Jacobian, Row, StepGrads
 
 
 def step(gx: Row, gh: Row, states: Row, aux: Aux) -> tuple[Row, Row]:
@@ -53,16 +53,19 @@ def step_backward(dstates: Row, planes: Row, states: Row, aux: Aux) -> StepGrads
     return gates, gates, (torch.zeros_like(states[0]), dc0), tuple(d for name, d in small.items() if name in p)
 
 
-def step_jvp(tgx: Row, tgh: Row, tstates: Row, planes: Row, states: Row) -> tuple[Row, Row]:
-    (i, f, g, o), c0, tc0 = planes, states[1], tstates[1]
-    ti = (tgx[0] + tgh[0]) * d_sigmoid(i)
-    tf = (tgx[1] + tgh[1]) * d_sigmoid(f)
-    tg = (tgx[2] + tgh[2]) * d_tanh(g)
-    to = (tgx[3] + tgh[3]) * d_sigmoid(o)
+def jacobian(planes: Row, states: Row) -> Jacobian:
+    (i, f, g, o), c0 = planes, states[1]
     u = torch.tanh(f * c0 + i * g)
-    tc = tf * c0 + f * tc0 + ti * g + i * tg
-    th = to * u + o * d_tanh(u) * tc
-    return (th, tc), (ti, tf, tg, to)
+    dc = o * d_tanh(u)
+    ji, jf, jg = g * d_sigmoid(i), c0 * d_sigmoid(f), i * d_tanh(g)
+    c = torch.stack((ji, jf, jg, torch.zeros_like(o)), -2)
+    h = torch.stack((ji * dc, jf * dc, jg * dc, u * d_sigmoid(o)), -2)
+    return Jacobian((h, c), (h, c), ((None, dc * f), (None, f)))
+
+
+def planes_jvp(tgx: Row, tgh: Row, planes: Row) -> Row:
+    (ti, tf, tg, to), (i, f, g, o) = (x + h for x, h in zip(tgx, tgh, strict=True)), planes
+    return ti * d_sigmoid(i), tf * d_sigmoid(f), tg * d_tanh(g), to * d_sigmoid(o)
 
 
 def step_backward_jvp(dstates: Row, planes: Row, tplanes: Row, states: Row, tstates: Row) -> tuple[Row, Row, Row]:

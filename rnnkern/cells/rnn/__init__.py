@@ -16,8 +16,24 @@ from rnnkern.cells.rnn import reference as r
 from rnnkern.cells.spec import CellSpec
 
 RNN_TANH = CellSpec(
-    "rnn_tanh", ("a",), ("h",), ("a",), r.tanh_step, r.tanh_step_backward, r.tanh_step_jvp, r.tanh_step_backward_jvp
+    "rnn_tanh",
+    gates=("a",),
+    states=("h",),
+    planes=("a",),
+    step=r.tanh_step,
+    step_backward=r.tanh_step_backward,
+    jacobian=r.tanh_jacobian,
+    planes_jvp=r.tanh_planes_jvp,
+    step_backward_jvp=r.tanh_step_backward_jvp,
 )
 RNN_RELU = CellSpec(
-    "rnn_relu", ("a",), ("h",), ("a",), r.relu_step, r.relu_step_backward, r.relu_step_jvp, r.relu_step_backward_jvp
+    "rnn_relu",
+    gates=("a",),
+    states=("h",),
+    planes=("a",),
+    step=r.relu_step,
+    step_backward=r.relu_step_backward,
+    jacobian=r.relu_jacobian,
+    planes_jvp=r.relu_planes_jvp,
+    step_backward_jvp=r.relu_step_backward_jvp,
 )
