@@ -114,7 +114,7 @@ class LayerBackward(torch.autograd.Function):
         result: list[Tensor | None] = [None] * len(tensors)
         if not any(asked):
             return result
-        if serves(ctx.plan, (*tensors, *(v for v in g if v is not None))):
+        if serves(ctx.plan, tensors[0].shape[0], (*tensors, *(v for v in g if v is not None))):
             along = LayerTangents(ctx.plan, ctx.T, ctx.B, *LayerBackward._call(ctx), g)
             k, inputs_at = ctx.plan.differentiable, len(tensors) - ctx.count
             wanted = ctx.needs_input_grad[6:]
@@ -133,7 +133,7 @@ class LayerBackward(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
         tensors, moving = ctx.saved_tensors, tangents[6:]
-        if serves(ctx.plan, (*tensors, *(t for t in moving if t is not None))):
+        if serves(ctx.plan, tensors[0].shape[0], (*tensors, *(t for t in moving if t is not None))):
             along = LayerTangents(ctx.plan, ctx.T, ctx.B, *LayerBackward._call(ctx), moving[-ctx.count :])
             k = ctx.plan.differentiable
             return tuple(along.gradients(tensors[:k], moving[:k], ctx.given))

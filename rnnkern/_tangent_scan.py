@@ -112,7 +112,7 @@ class Walk:
         """Zero past the lengths, where [N, T, B, ...] may hold anything."""
         if self.lengths is None:
             return v
-        return torch.where(self.alive.view(self.T, self.B, *(1,) * (v.dim() - 3)), v, 0)
+        return v.masked_fill(~self.alive.view(self.T, self.B, *(1,) * (v.dim() - 3)), 0)
 
     def leave(self, v: Tensor) -> Tensor:
         """[N, T, B, W] -> [S, N, W]"""
@@ -305,8 +305,7 @@ class TangentScan:
         sources, K = self.sources(d), len(self.inputs.states)
         carry = [torch.zeros_like(s, dtype=self.dtype) for s in self.inputs.states]
         restart = [torch.zeros_like(v) for v in carry] if self.inputs.reset_states else []
-        zero = self.w_hh.new_zeros(1, 1, 1)
-        added: list[Steps] = [[zero] * self.inputs.T] * K
+        added: list[Steps] = [[self.w_hh.new_zeros(1, 1, 1)] * self.inputs.T] * K
         own_gh = own_wide = None
         if own is not None:
             own_gh, added = own.gh.unbind(1), [v.unbind(1) for v in own.entering]
@@ -338,9 +337,9 @@ class TangentScan:
         every = tuple(torch.stack(v[::-1], 1) for v in zip(*totals, strict=True))
         of_gh = of_gx = torch.stack(products[::-1], 1)
         if self.cell.split:
-            of_gx = zero if own is None else own.gx
-            for j, v in zip(self.jacobian.gx, every, strict=True):
-                of_gx = torch.addcmul(of_gx, j, v.unsqueeze(-2))
+            of_gx = self.jacobian.gx[0].new_zeros(()) if own is None else own.gx
+            for to_gates, total_of in zip(self.jacobian.gx, every, strict=True):
+                of_gx = torch.addcmul(of_gx, to_gates, total_of.unsqueeze(-2))
             of_gx = of_gx.flatten(-2)
         return Carried(
             every,

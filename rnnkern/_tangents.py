@@ -22,13 +22,15 @@ from rnnkern._weights import layer_gradients
 from rnnkern.backends.base import ScanOutputs
 
 
-def serves(plan: Plan, tensors: Sequence[Tensor]) -> bool:
-    """Whether the tangents of this layer's call can be had here.
+def serves(plan: Plan, S: int, tensors: Sequence[Tensor]) -> bool:
+    """Whether the tangents of this layer's call, of S rows, can be had here.
 
     Nobody may follow what is done: neither autograd, whose graph a third derivative needs, nor a transform.
     """
     followed = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    return covers(plan.spec) and not plan.samples and not followed and unwatched() and real(tensors)
+    leaked = any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors))
+    known = S > 0 and covers(plan.spec) and not plan.samples
+    return known and not (followed or leaked) and unwatched() and real(tensors)
 
 
 def outputs_along(

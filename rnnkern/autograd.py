@@ -236,7 +236,7 @@ class LayerWithTangents(Layer):
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
         plan, T, B, count = ctx.plan, ctx.T, ctx.B, ctx.plan.differentiable
         (x, *args), moving = ctx.saved_tensors, tangents[5:]
-        if serves(plan, (x, *args, *(t for t in moving if t is not None))):
+        if serves(plan, x.shape[0], (x, *args, *(t for t in moving if t is not None))):
             return *outputs_along(plan, ctx.backend, T, B, x, tuple(args), moving), None, None
 
         def run(x: Tensor, *args: Tensor) -> tuple[Tensor, ...]:
