@@ -14,8 +14,8 @@ from scans import REFERENCE, Case, drawn, existing, gradients_of, inputs_of, wid
 from stacks import KINDS, example, flat
 from tolerance import check, check_grad
 from torch import Tensor
-from torch.autograd import gradcheck, gradgradcheck
-from torch.func import functional_call, jvp
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.func import functional_call, grad, jacfwd, jvp
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import rnnkern
@@ -36,8 +36,9 @@ AXES: dict[str, list] = {
     "dseq": [True, False],
     "reset": ["", "zero", "learned"],
 }
-# relu's derivative jumps: where rounding moves a unit past 0, no bound holds.
-CASES = [c for c in drawn(8, AXES) if c.dtype == D or (c.cell != "rnn_relu" and c.dtype != torch.float16)]
+# relu's derivative jumps: where rounding moves a unit past 0, no bound holds. Of 16 bits a layer's test is below: few
+# saturated units are no fair sample, for the reference moves them by activations that were not rounded.
+CASES = [c for c in drawn(12, AXES) if c.dtype == D or (c.dtype == torch.float32 and c.cell != "rnn_relu")]
 
 
 @contextlib.contextmanager
@@ -191,6 +192,25 @@ def test_padding_reaches_no_second_derivative(cell):
         assert (a is None and b is None) or torch.equal(a, b)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cell", [cell for cell in CELLS if cell != "rnn_relu"])  # there no bound holds, as above
+def test_low_precision(cell, dtype, backend):
+    """Second derivatives on every backend's own activations, by the one rule."""
+    exact = random_call(cell, T=6, B=5, I=8, H=17)
+    low = [t.detach().to(dtype) for t in exact.tensors]
+    low[2 : 1 + len(exact.states)] = [t.float() for t in low[2 : 1 + len(exact.states)]]
+    found = []
+    for tensors, name in ((low, backend), (low, "reference"), ([t.double() for t in low], None)):
+        call = exact.with_tensors(*(t.clone().requires_grad_() for t in tensors))
+        outputs = call.skip_if_refused(name).run(name) if name else call.written_out()
+        (first,) = torch.autograd.grad(outputs[0].double().pow(2).sum(), call.x, create_graph=True)
+        # As if for a third derivative, which has the reference differentiated, the yardstick.
+        again = {"create_graph": name == "reference", "allow_unused": True}
+        second = torch.autograd.grad(first.double().pow(2).sum(), call.tensors, **again)
+        found.append([d for d in second if d is not None])
+    check_grad(*found, f"{cell} {backend}", dtype)
+
+
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("where", ["x", "h", "v"])
 def test_nan_goes_where_the_reference_sends_it(cell, where):
@@ -212,7 +232,7 @@ def test_nan_goes_where_the_reference_sends_it(cell, where):
 
 
 @pytest.mark.parametrize("layout", ["dense", "unsorted"])
-@pytest.mark.parametrize("layers, bidirectional", [(1, False), (1, True), (2, False), (2, True)])
+@pytest.mark.parametrize("layers, bidirectional", [(1, False), (2, True)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_finite_differences(kind, layers, bidirectional, layout):
     """First and second derivatives and forward mode, in evaluation mode too; only the judge is fast."""
@@ -232,3 +252,29 @@ def test_finite_differences(kind, layers, bidirectional, layout):
     tensors = (*leaves, *weights)
     assert gradcheck(run, tensors, fast_mode=True, check_forward_ad=True)
     assert gradgradcheck(run, tensors, fast_mode=True, check_fwd_over_rev=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hessian_vector_products(kind):
+    """Forward over reverse by torch.func and by dual numbers, reverse over reverse, and rows of a Jacobian."""
+    options = {"proj_size": 1} if "proj" in kind else KINDS[kind]
+    module = getattr(rnnkern, kind.split()[0])(2, 3, bidirectional=True, dtype=D, **options)
+    parameters = {name: p.detach() for name, p in module.named_parameters()}
+    along = {name: torch.randn_like(p) for name, p in parameters.items()}
+    x = torch.randn(3, 2, 2, dtype=D)
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        return functional_call(module, parameters, (x,))[0].pow(3).sum()
+
+    forward = jvp(grad(loss), (parameters,), (along,))[1]
+    leaves = {name: p.clone().requires_grad_() for name, p in parameters.items()}
+    first = torch.autograd.grad(loss(leaves), list(leaves.values()), create_graph=True)
+    reverse = torch.autograd.grad(first, list(leaves.values()), list(along.values()))
+    check_grad(list(forward.values()), reverse, reverse, kind)
+
+    output = lambda x: functional_call(module, parameters, (x,))[0]  # noqa: E731
+    jacobian, v = jacfwd(output)(x), torch.randn_like(x)
+    with torch.no_grad(), forward_ad.dual_level():
+        moved = forward_ad.unpack_dual(module(forward_ad.make_dual(x, v))[0]).tangent
+    truth = torch.einsum("abcdef,def->abc", jacobian, v)
+    check_grad(moved, truth, truth, kind)
