@@ -14,7 +14,7 @@ from rnnkern._fold import Fold, Mapped, one_by_one, sample
 from rnnkern._plan import Plan, shape_only
 from rnnkern._run import real, run_reference, scan_arguments, unwatched
 from rnnkern._segments import backward_in_segments, steps_of_a_segment
-from rnnkern._tangents import LayerTangents, serves
+from rnnkern._tangents import LayerTangents, differentiable, placed, serves
 from rnnkern._weights import layer_gradients
 from rnnkern.backends.base import ScanGrads, ScanOutputs
 from rnnkern.backends.reference import BACKEND as REFERENCE
@@ -27,10 +27,7 @@ def tangents_of(
     moving = [i for i, t in enumerate(tangents) if t is not None]
 
     def along(*values: Tensor) -> tuple[Tensor, ...]:
-        full = list(primals)
-        for i, value in zip(moving, values, strict=True):
-            full[i] = value
-        return f(*full)
+        return f(*placed(primals, moving, values))
 
     out, transposed = torch.func.vjp(along, *(primals[i] for i in moving))  # type: ignore[misc]
     _, pushed = torch.func.vjp(lambda *u: transposed(u), *(torch.zeros_like(o) for o in out))  # type: ignore[misc]
@@ -94,10 +91,7 @@ class LayerBackward(torch.autograd.Function):
         places += [i for i in range(inputs_at, len(tensors)) if tensors[i].is_floating_point()]
 
         def gradients(*values: Tensor) -> tuple[Tensor, ...]:
-            full = list(tensors)
-            for i, value in zip(places, values, strict=True):
-                full[i] = value
-            d, _, layer_inputs = parts(plan, count, full)
+            d, _, layer_inputs = parts(plan, count, placed(tensors, places, values))
             return tuple(v for v in gradients_in_torch(plan, T, B, asked, d, layer_inputs) if v is not None)
 
         return gradients, [tensors[i] for i in places], places
@@ -109,43 +103,49 @@ class LayerBackward(torch.autograd.Function):
 
     @staticmethod
     def _backward(ctx: Any, g: tuple[Tensor | None, ...]) -> list[Tensor | None]:
-        tensors = ctx.saved_tensors
+        tensors, count = ctx.saved_tensors, ctx.count
         asked = [v is not None and given for v, given in zip(g, ctx.given, strict=True)]
-        result: list[Tensor | None] = [None] * len(tensors)
+        none: list[Tensor | None] = [None] * len(tensors)
         if not any(asked):
-            return result
-        if serves(ctx.plan, tensors[0].shape[0], (*tensors, *(v for v in g if v is not None))):
-            along = LayerTangents(ctx.plan, ctx.T, ctx.B, *LayerBackward._call(ctx), g)
-            k, inputs_at = ctx.plan.differentiable, len(tensors) - ctx.count
-            wanted = ctx.needs_input_grad[6:]
-            outputs = zip(along.outputs(), wanted, tensors, strict=False)
-            result[:k] = [v if want and d.dim() > 1 else None for v, want, d in outputs]
-            if any(wanted[inputs_at:]):
-                result[inputs_at:] = along.gradients(tensors[:k], (None,) * k, wanted[inputs_at:])
-            return result
+            return none
         function, arguments, places = LayerBackward._recomputed(ctx, asked)
-        _, back = torch.func.vjp(function, *arguments)  # type: ignore[misc]
-        found = back(tuple(v for v, there in zip(g, asked, strict=True) if there))
-        for i, value in zip(places, found, strict=True):
-            result[i] = value
-        return result
+        n, there = len(arguments), [i for i, present in enumerate(asked) if present]
+        values = [*arguments, *(v for v, present in zip(g, asked, strict=True) if present and v is not None)]
+        wanted = (True,) * count if torch.is_grad_enabled() else ctx.needs_input_grad[-count:]
+
+        def slow(*values: Tensor) -> tuple[Tensor, ...]:
+            _, back = torch.func.vjp(function, *values[:n])  # type: ignore[misc]
+            return back(values[n:])
+
+        def fast(*values: Tensor) -> list[Tensor | None]:
+            d, kept, layer_inputs = parts(ctx.plan, count, placed(tensors, places, values[:n]))
+            along = tangents_along(ctx, kept, layer_inputs, placed([None] * count, there, values[n:]))
+            found = [*along.outputs(), *(None for _ in kept), *along.gradients(d, (None,) * len(d), wanted)]
+            return [found[i] for i in places]
+
+        served = serves(ctx.plan, tensors[0].shape[0], (*tensors, *values))
+        return placed(none, places, differentiable(fast, slow, values) if served else slow(*values))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
-        tensors, moving = ctx.saved_tensors, tangents[6:]
-        if serves(ctx.plan, tensors[0].shape[0], (*tensors, *(t for t in moving if t is not None))):
-            along = LayerTangents(ctx.plan, ctx.T, ctx.B, *LayerBackward._call(ctx), moving[-ctx.count :])
-            k = ctx.plan.differentiable
-            return tuple(along.gradients(tensors[:k], moving[:k], ctx.given))
+        tensors, moving, count = ctx.saved_tensors, tangents[6:], ctx.count
         function, arguments, places = LayerBackward._recomputed(ctx, ctx.given)
-        moved = iter(tangents_of(function, arguments, [moving[i] for i in places]))
-        return tuple(next(moved) if given else None for given in ctx.given)
+        n, moved = len(arguments), [i for i in places if moving[i] is not None]
+        values = [*arguments, *(moving[i] for i in moved)]
 
-    @staticmethod
-    def _call(ctx: Any) -> tuple[Tensor, tuple[Tensor, ...], ScanOutputs]:
-        """x, args, and what the forward gave."""
-        _, (y, *seq, planes, hidden), (x, *args) = parts(ctx.plan, ctx.count, ctx.saved_tensors)
-        return x, tuple(args), ScanOutputs(y, (), tuple(seq), planes, hidden)
+        def slow(*values: Tensor) -> tuple[Tensor, ...]:
+            along = placed(moving, moved, values[n:])
+            return tangents_of(function, values[:n], [along[i] for i in places])
+
+        def fast(*values: Tensor) -> list[Tensor | None]:
+            d, kept, layer_inputs = parts(ctx.plan, count, placed(tensors, places, values[:n]))
+            td, _, direction = parts(ctx.plan, count, placed([None] * len(tensors), moved, values[n:]))
+            found = tangents_along(ctx, kept, layer_inputs, direction).gradients(d, td, ctx.given)
+            return [v for v in found if v is not None]
+
+        served = serves(ctx.plan, tensors[0].shape[0], (*tensors, *values))
+        results = iter(differentiable(fast, slow, values) if served else slow(*values))
+        return tuple(next(results) if given else None for given in ctx.given)
 
     @staticmethod
     def vmap(
@@ -193,6 +193,14 @@ def gradients_in_torch(
     grads = REFERENCE.backward(inputs, out, d[0], tuple(d[1 : 1 + K]), tuple(d[1 + K :]))
     w_ih, _ = plan.projection(args)
     return layer_gradients(plan, inputs, x, w_ih, out.y, out.hidden, grads, asked, in_place=False)
+
+
+def tangents_along(
+    ctx: Any, outputs: Sequence[Tensor], layer_inputs: Sequence[Tensor], direction: Sequence[Tensor | None]
+) -> LayerTangents:
+    y, *seq, planes, hidden = outputs
+    kept = ScanOutputs(y, (), tuple(seq), planes, hidden)
+    return LayerTangents(ctx.plan, ctx.T, ctx.B, layer_inputs[0], tuple(layer_inputs[1:]), kept, direction)
 
 
 def parts(plan: Plan, count: int, tensors: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], ...]:

@@ -8,7 +8,7 @@ tangent of J(inputs)^T d along v, d held. So one tangent pass over forward and h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,16 +21,47 @@ from rnnkern._tangent_scan import Direction, Gradients, Optionals, TangentScan, 
 from rnnkern._weights import layer_gradients
 from rnnkern.backends.base import ScanOutputs
 
+Function = Callable[..., Sequence[Tensor | None]]
+
+_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_batched = torch._C._functorch.is_legacy_batchedtensor
+
 
 def serves(plan: Plan, S: int, tensors: Sequence[Tensor]) -> bool:
-    """Whether the tangents of this layer's call, of S rows, can be had here.
+    """Whether the tangents of this layer's call, of S rows, can be had here: no transform follows what is done."""
+    if S == 0 or plan.samples or not covers(plan.spec):
+        return False
+    return unwatched() and real(tensors) and not any(_wrapped(t) or _batched(t) for t in tensors)
 
-    Nobody may follow what is done: neither autograd, whose graph a third derivative needs, nor a transform.
-    """
-    followed = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    leaked = any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors))
-    known = S > 0 and covers(plan.spec) and not plan.samples
-    return known and not (followed or leaked) and unwatched() and real(tensors)
+
+def differentiable(fast: Function, slow: Function, tensors: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """fast(*tensors), where autograd may be recording; slow gives the same, and autograd can follow it."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return Deferred.apply(fast, slow, *tensors)
+    return fast(*tensors)
+
+
+class Deferred(torch.autograd.Function):
+    """(fast, slow, *tensors) -> fast(*tensors), with the derivatives of slow: they may never be asked for."""
+
+    @staticmethod
+    def forward(ctx: Any, fast: Function, slow: Function, *tensors: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.slow = slow
+        ctx.save_for_backward(*tensors)
+        return tuple(fast(*tensors))
+
+    @staticmethod
+    def backward(ctx: Any, *g: Tensor) -> tuple[Any, ...]:
+        _, back = torch.func.vjp(ctx.slow, *ctx.saved_tensors)  # type: ignore[misc]
+        return None, None, *back(g)
+
+
+def placed(into: Sequence[Any], at: Sequence[int], values: Sequence[Any]) -> list[Any]:
+    """A copy of `into` with others in some places."""
+    found = list(into)
+    for i, value in zip(at, values, strict=True):
+        found[i] = value
+    return found
 
 
 def outputs_along(
@@ -98,6 +129,8 @@ class LayerTangents:
 
     def gradients(self, d: Optionals, td: Optionals, wanted: Sequence[bool]) -> list[Tensor | None]:
         """Tangents of the gradients that `d` (dy, dfinal and dseq) give x and args; `td` are the tangents of d."""
+        if not any(wanted):
+            return [None] * len(wanted)
         K = len(self.inputs.states)
         primal, tangent = (Gradients(v[0], v[1 : 1 + K], v[1 + K :]) for v in (d, td))
         carried = self.scan.backward(primal)

@@ -28,7 +28,7 @@ from rnnkern._run import (
     scan_arguments,
     unwatched,
 )
-from rnnkern._tangents import outputs_along, serves
+from rnnkern._tangents import differentiable, outputs_along, placed, serves
 from rnnkern.backends.base import ScanInputs
 
 _wrapped = torch._C._functorch.is_functorch_wrapped_tensor
@@ -236,15 +236,25 @@ class LayerWithTangents(Layer):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
         plan, T, B, count = ctx.plan, ctx.T, ctx.B, ctx.plan.differentiable
-        (x, *args), moving = ctx.saved_tensors, tangents[5:]
-        if serves(plan, x.shape[0], (x, *args, *(t for t in moving if t is not None))):
-            return *outputs_along(plan, ctx.backend, T, B, x, tuple(args), moving), None, None
+        tensors, moving = ctx.saved_tensors, tangents[5:]
+        floating = [i for i, t in enumerate(tensors) if t.is_floating_point()]
+        n, moved = len(floating), [i for i, t in enumerate(moving) if t is not None]
+        values = [*(tensors[i] for i in floating), *(moving[i] for i in moved)]
 
         def run(x: Tensor, *args: Tensor) -> tuple[Tensor, ...]:
             out = run_reference(plan, T, B, x, args)[1]
             return (out.y, *out.final, *out.seq)[:count]
 
-        return *tangents_of(run, (x, *args), moving), None, None
+        def slow(*values: Tensor) -> tuple[Tensor, ...]:
+            along = placed(moving, moved, values[n:])
+            return tangents_of(run, placed(tensors, floating, values[:n]), along)
+
+        def fast(*values: Tensor) -> tuple[Tensor, ...]:
+            x, *args = placed(tensors, floating, values[:n])
+            return outputs_along(plan, ctx.backend, T, B, x, tuple(args), placed(moving, moved, values[n:]))
+
+        served = serves(plan, tensors[0].shape[0], (*tensors, *values))
+        return *(differentiable(fast, slow, values) if served else slow(*values)), None, None
 
 
 # Function.apply without the inspection of forward's signature that it makes at every call, for defaults that are not

@@ -159,20 +159,33 @@ def test_subsets_of_the_inputs(cell, layout, monkeypatch):
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_what_is_not_served_goes_through_the_reference(cell, monkeypatch):
-    """Options beyond torch's, and second derivatives that will be differentiated once more."""
-    call = everything(cell, T=2, B=2, H=2)
-    with watched(monkeypatch) as seen:
-        gradients(tuple(torch.autograd.grad(call.run()[0].sum(), call.tensors, create_graph=True)), call.tensors)
-        x = random_call(cell).x
-        first = torch.autograd.grad(random_call(cell).run()[0].pow(2).sum(), x, allow_unused=True)
-    assert first == (None,) and seen == [False]
-    plain = random_call(cell)
-    with watched(monkeypatch) as seen:
-        (first,) = torch.autograd.grad(plain.run()[0].pow(2).sum(), plain.x, create_graph=True)
-        (kept,) = torch.autograd.grad(first.pow(2).sum(), plain.x, create_graph=True)
-        (quick,) = torch.autograd.grad(first.pow(2).sum(), plain.x)
-    assert seen == [False, True]
-    check_grad(quick, kept, kept, cell)
+    """Options beyond torch's, and no rows at all."""
+    for call in (everything(cell, T=2, B=2, H=2), random_call(cell, B=0)):
+        with watched(monkeypatch) as seen:
+            gradients(tuple(torch.autograd.grad(call.run()[0].sum(), call.tensors, create_graph=True)), call.tensors)
+        assert seen == [False]
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_what_is_differentiated_once_more(cell, monkeypatch):
+    """Third derivatives, and gradients of what forward mode gives: the reference's, made when they are asked for."""
+    call = random_call(cell)
+    v = torch.randn_like(call.x)
+    found = []
+    for served in (True, False):
+        with watched(monkeypatch) as seen, monkeypatch.context() as patch:
+            if not served:
+                patch.setattr(autograd, "serves", lambda *_: False)
+                patch.setattr(_backward, "serves", lambda *_: False)
+            (first,) = torch.autograd.grad(call.run()[0].pow(3).sum(), call.x, create_graph=True)
+            second = torch.autograd.grad(first, call.tensors, v, create_graph=True, allow_unused=True)
+            with forward_ad.dual_level():
+                dual = call.with_tensors(forward_ad.make_dual(call.x, v), *call.tensors[1:])
+                moved = forward_ad.unpack_dual(dual.run()[0]).tangent
+            there = [d for d in (*second, moved) if d is not None]
+            found.append([*there, *gradients(tuple(there), call.tensors)])
+        assert all(seen) and len(seen) == (3 if served else 0)
+    check_grad(found[0], found[1], found[1], cell)
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -194,8 +207,8 @@ def test_padding_reaches_no_second_derivative(cell):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("cell", [cell for cell in CELLS if cell != "rnn_relu"])  # there no bound holds, as above
-def test_low_precision(cell, dtype, backend):
-    """Second derivatives on every backend's own activations, by the one rule."""
+def test_low_precision(cell, dtype, backend, monkeypatch):
+    """Second derivatives on every backend's own activations; the yardstick is the reference differentiated."""
     exact = random_call(cell, T=6, B=5, I=8, H=17)
     low = [t.detach().to(dtype) for t in exact.tensors]
     low[2 : 1 + len(exact.states)] = [t.float() for t in low[2 : 1 + len(exact.states)]]
@@ -204,9 +217,10 @@ def test_low_precision(cell, dtype, backend):
         call = exact.with_tensors(*(t.clone().requires_grad_() for t in tensors))
         outputs = call.skip_if_refused(name).run(name) if name else call.written_out()
         (first,) = torch.autograd.grad(outputs[0].double().pow(2).sum(), call.x, create_graph=True)
-        # As if for a third derivative, which has the reference differentiated, the yardstick.
-        again = {"create_graph": name == "reference", "allow_unused": True}
-        second = torch.autograd.grad(first.double().pow(2).sum(), call.tensors, **again)
+        with monkeypatch.context() as patch:
+            if name == "reference":
+                patch.setattr(_backward, "serves", lambda *_: False)
+            second = torch.autograd.grad(first.double().pow(2).sum(), call.tensors, allow_unused=True)
         found.append([d for d in second if d is not None])
     check_grad(*found, f"{cell} {backend}", dtype)
 
