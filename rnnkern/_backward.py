@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from rnnkern._fold import Fold, Mapped, one_by_one, sample
 from rnnkern._plan import Plan, shape_only
 from rnnkern._run import real, run_reference, scan_arguments, unwatched
 from rnnkern._segments import backward_in_segments, steps_of_a_segment
-from rnnkern._tangents import LayerTangents, differentiable, placed, serves
+from rnnkern._tangents import LayerTangents, beneath_forward_mode, differentiable, placed, serves
 from rnnkern._weights import layer_gradients
 from rnnkern.backends.base import ScanGrads, ScanOutputs
 from rnnkern.backends.reference import BACKEND as REFERENCE
@@ -78,14 +79,14 @@ class LayerBackward(torch.autograd.Function):
 
     @staticmethod
     def _recomputed(
-        ctx: Any, asked: Sequence[bool]
+        ctx: Any, tensors: Sequence[Tensor], asked: Sequence[bool]
     ) -> tuple[Callable[..., tuple[Tensor, ...]], list[Tensor], list[int]]:
         """The asked gradients as a differentiable function of d and of the layer's floating-point inputs.
 
         The forward is part of it: what the outputs saved for the backward contribute comes in through the inputs.
         Returns the function, its arguments, and where among the tensors of `forward` each of those stands.
         """
-        plan, T, B, count, tensors = ctx.plan, ctx.T, ctx.B, ctx.count, ctx.saved_tensors
+        plan, T, B, count = ctx.plan, ctx.T, ctx.B, ctx.count
         k, inputs_at = plan.differentiable, len(tensors) - count
         places = [i for i in range(k) if tensors[i].dim() > 1]
         places += [i for i in range(inputs_at, len(tensors)) if tensors[i].is_floating_point()]
@@ -108,7 +109,7 @@ class LayerBackward(torch.autograd.Function):
         none: list[Tensor | None] = [None] * len(tensors)
         if not any(asked):
             return none
-        function, arguments, places = LayerBackward._recomputed(ctx, asked)
+        function, arguments, places = LayerBackward._recomputed(ctx, tensors, asked)
         n, there = len(arguments), [i for i, present in enumerate(asked) if present]
         values = [*arguments, *(v for v, present in zip(g, asked, strict=True) if present and v is not None)]
         wanted = (True,) * count if torch.is_grad_enabled() else ctx.needs_input_grad[-count:]
@@ -128,10 +129,14 @@ class LayerBackward(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
-        tensors, moving, count = ctx.saved_tensors, tangents[6:], ctx.count
-        function, arguments, places = LayerBackward._recomputed(ctx, ctx.given)
+        return beneath_forward_mode(partial(LayerBackward._jvp, ctx), ctx.saved_tensors, tangents[6:])
+
+    @staticmethod
+    def _jvp(ctx: Any, tensors: Sequence[Tensor], moving: Sequence[Tensor | None]) -> list[Tensor | None]:
+        count = ctx.count
+        function, arguments, places = LayerBackward._recomputed(ctx, tensors, ctx.given)
         n, moved = len(arguments), [i for i in places if moving[i] is not None]
-        values = [*arguments, *(moving[i] for i in moved)]
+        values = [*arguments, *(t for i in moved if (t := moving[i]) is not None)]
 
         def slow(*values: Tensor) -> tuple[Tensor, ...]:
             along = placed(moving, moved, values[n:])
@@ -145,7 +150,7 @@ class LayerBackward(torch.autograd.Function):
 
         served = serves(ctx.plan, tensors[0].shape[0], (*tensors, *values))
         results = iter(differentiable(fast, slow, values) if served else slow(*values))
-        return tuple(next(results) if given else None for given in ctx.given)
+        return [next(results) if given else None for given in ctx.given]
 
     @staticmethod
     def vmap(

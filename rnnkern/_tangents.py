@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 
 from rnnkern._plan import Plan, shape_only
 from rnnkern._run import real, run_forward, unwatched
@@ -32,6 +33,22 @@ def serves(plan: Plan, S: int, tensors: Sequence[Tensor]) -> bool:
     if S == 0 or plan.samples or not covers(plan.spec):
         return False
     return unwatched() and real(tensors) and not any(_wrapped(t) or _batched(t) for t in tensors)
+
+
+def beneath_forward_mode(
+    run: Callable[[Sequence[Tensor], Optionals], Optionals], tensors: Sequence[Tensor], tangents: Optionals
+) -> tuple[Tensor | None, ...]:
+    """run(tensors, tangents), below a forward-mode transform of torch.func if that is the only transform there: its
+    tensors are wrapped, and what is made of them would pass through it once more, to no end.
+    """
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    if len(stack) != 1 or stack[0].key() != torch._C._functorch.TransformType.Jvp:
+        return tuple(run(tensors, tangents))
+    level, bare = stack[0].level(), torch._C._functorch._unwrap_for_grad
+    tensors, tangents = [bare(t, level) for t in tensors], [t if t is None else bare(t, level) for t in tangents]
+    with retrieve_current_functorch_interpreter().lower():
+        found = run(tensors, tangents)
+    return tuple(v if v is None else torch._C._functorch._wrap_for_grad(v, level) for v in found)
 
 
 def differentiable(fast: Function, slow: Function, tensors: Sequence[Tensor]) -> Sequence[Tensor | None]:

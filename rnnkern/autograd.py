@@ -9,6 +9,7 @@ are plain torch operations, so they are recomputed from the layer's inputs and d
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ from rnnkern._run import (
     scan_arguments,
     unwatched,
 )
-from rnnkern._tangents import differentiable, outputs_along, placed, serves
+from rnnkern._tangents import beneath_forward_mode, differentiable, outputs_along, placed, serves
 from rnnkern.backends.base import ScanInputs
 
 _wrapped = torch._C._functorch.is_functorch_wrapped_tensor
@@ -235,11 +236,14 @@ class LayerWithTangents(Layer):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
+        return *beneath_forward_mode(partial(LayerWithTangents._jvp, ctx), ctx.saved_tensors, tangents[5:]), None, None
+
+    @staticmethod
+    def _jvp(ctx: Any, tensors: Sequence[Tensor], moving: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         plan, T, B, count = ctx.plan, ctx.T, ctx.B, ctx.plan.differentiable
-        tensors, moving = ctx.saved_tensors, tangents[5:]
         floating = [i for i, t in enumerate(tensors) if t.is_floating_point()]
         n, moved = len(floating), [i for i, t in enumerate(moving) if t is not None]
-        values = [*(tensors[i] for i in floating), *(moving[i] for i in moved)]
+        values = [*(tensors[i] for i in floating), *(t for t in moving if t is not None)]
 
         def run(x: Tensor, *args: Tensor) -> tuple[Tensor, ...]:
             out = run_reference(plan, T, B, x, args)[1]
@@ -254,7 +258,7 @@ class LayerWithTangents(Layer):
             return outputs_along(plan, ctx.backend, T, B, x, tuple(args), placed(moving, moved, values[n:]))
 
         served = serves(plan, tensors[0].shape[0], (*tensors, *values))
-        return *(differentiable(fast, slow, values) if served else slow(*values)), None, None
+        return differentiable(fast, slow, values) if served else slow(*values)
 
 
 # Function.apply without the inspection of forward's signature that it makes at every call, for defaults that are not
