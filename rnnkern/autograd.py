@@ -1,9 +1,9 @@
 """One layer, input projection and scan, as an autograd Function over the two ops of _ops.py.
 
 The layer and not the scan: so the pre-activations are a temporary that no backward keeps. First derivatives run on the
-backend that ran the forward. Second ones and forward mode are one tangent pass (_tangents.py). What that does not take,
-and whatever somebody differentiates or maps further, goes through the reference: its forward and hand-written backward
-are plain torch operations, so they are recomputed from the layer's inputs and differentiated.
+backend that ran the forward. Second ones and forward mode are one tangent pass (_tangents.py). What that does not
+take, third derivatives, and what torch.func maps or differentiates further go through the reference: its forward and
+hand-written backward are plain torch operations, so they are recomputed from the layer's inputs and differentiated.
 """
 
 from __future__ import annotations
