@@ -10,7 +10,9 @@ from itertools import product
 import torch
 from torch import Tensor
 
-MODES = ("inference", "training")  # training: forward and backward with the gradients of x and of every parameter
+# training: forward and backward with the gradients of x and of every parameter. penalty: those of the squared norm of
+# the gradient of x, which are second derivatives.
+MODES = ("inference", "training", "penalty")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EPS = {name: torch.finfo(dtype).eps for name, dtype in DTYPES.items()}
 
@@ -104,6 +106,7 @@ CPU = (
     Shape(100, 16, 256, layers=2, directions=2),
     PACKED,
 )
+SECOND = (Shape(50, 16, 128),)
 QUICK = (Shape(1, 1, 128), Shape(50, 1, 128), Shape(50, 16, 128), Shape(100, 16, 256))
 # Most telling first: a run may end early.
 GPU = (
@@ -125,9 +128,10 @@ class Suite:
     device: str = "cpu"
     precisions: tuple[str, ...] = ("ieee",)  # of fp32
     captures: tuple[str, ...] = ("",)
+    modes: tuple[str, ...] = MODES[:2]
 
     def cases(self) -> Iterator[Case]:
-        for shape, dtype, cell, mode in product(self.shapes, self.dtypes, cells(), MODES):
+        for shape, dtype, cell, mode in product(self.shapes, self.dtypes, cells(), self.modes):
             for precision, capture in product(self.precisions if dtype == "fp32" else ("ieee",), self.captures):
                 yield Case(cell, shape, mode, dtype, self.device, precision, capture)
 
@@ -138,6 +142,7 @@ SUITES: dict[str, Suite] = {
     "quick": Suite(QUICK, ("fp32",), ("torch.nn", "onnxruntime")),
     "table": Suite(TABLE, ("fp32", "bf16"), HERE),
     "cpu": Suite(CPU, ("fp32", "bf16"), EVERY),
+    "second": Suite(SECOND, ("fp32",), ("torch.nn",), modes=("penalty",)),
     "gpu": Suite(
         GPU,
         ("fp16", "fp32", "bf16"),

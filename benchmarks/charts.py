@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter
 
-from benchmarks.floors import BOTH
+from benchmarks.cases import MODES
 from benchmarks.peers import PEERS
 from benchmarks.results import Row, arithmetic
 
@@ -70,7 +70,7 @@ def _label(row: Row) -> str:
 
 def _grid(rows: Sequence[Row], lines: Callable[[list[Row]], list[Line]]) -> list[list[Panel]]:
     cells = sorted({row["cell"] for row in rows})
-    modes = [mode for mode in BOTH if any(row["mode"] == mode for row in rows)]
+    modes = [mode for mode in MODES if any(row["mode"] == mode for row in rows)]
     return [
         [
             Panel(f"{cell.upper()} {mode}", lines([row for row in rows if row["cell"] == cell and row["mode"] == mode]))

@@ -77,6 +77,7 @@ FLOORS = (
     Floor("one call with T=1, LSTM", _where(cell="lstm", **STEP, **DENSE), 8.0),
     Floor("one call with T=1, GRU and RNN", _where(cell=SIMPLE, **STEP, **DENSE), 3.0),
     Floor("one call of a cell", _where(layout="cell", **STEP), 2.0),
+    Floor("second derivatives, LSTM", _where(cell="lstm", mode="penalty", **DENSE), 0.91),
     Floor("packed, all cells, inference", _where(layout="packed", mode="inference"), 1.6),
     Floor("packed, all cells, training", _where(layout="packed", mode="training"), 2.5),
     *(Floor(f"bf16 against torch's bf16, {mode}", _where(dtype="bf16", mode=mode), 1.0) for mode in BOTH),

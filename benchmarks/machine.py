@@ -104,7 +104,8 @@ class Rates:
     gpu_chip: int = 0  # bytes that one SM holds: registers and shared memory
 
     def floor_us(self, case: Case, weights: dict[str, tuple[int, ...]]) -> float:
-        """No call can be faster: the larger of operations over the matmul rate and bytes over the bandwidth.
+        """No call can be faster: the larger of operations over the matmul rate and bytes over the bandwidth. Second
+        derivatives count as a training step, which is a part of them.
 
         Recurrent weights are streamed once a step (in training twice: once back) from the cache they fit in; input
         weights, inputs and outputs once (in training three times). On a GPU a kernel may keep recurrent weights on the
@@ -114,7 +115,7 @@ class Rates:
         on_gpu = case.device == "cuda"
         read = self.gpu_read if on_gpu else self.read
         matmul = (self.gpu_matmul if on_gpu else self.matmul)[case.dtype if case.precision == "ieee" else "tf32"]
-        shape, passes = case.shape, 3 if case.mode == "training" else 1
+        shape, passes = case.shape, 1 if case.mode == "inference" else 3
         size = DTYPES[case.dtype].itemsize
         operations = recurrent = streamed = 0.0
         for name, sizes in _matrices(weights):
@@ -138,7 +139,7 @@ class Rates:
         if needed <= 1 or not self.gpu_handoff or case.shape.steps == 1:
             return 0.0
         each = next((us for programs, us in self.gpu_handoff if programs >= needed), self.gpu_handoff[-1][1])
-        return each * case.shape.steps * (2 if case.mode == "training" else 1)
+        return each * case.shape.steps * (1 if case.mode == "inference" else 2)
 
     def describe(self) -> str:
         """The rates in one line."""

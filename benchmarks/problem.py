@@ -125,7 +125,7 @@ def side_of(
 ) -> Side:
     """A side that calls a module which holds the problem's weights under torch.nn's names, or a form of it."""
     called = module if called is None else called
-    case, training = problem.case, problem.case.mode == "training"
+    case, training = problem.case, problem.case.mode != "inference"
     module.train(training)
     leaf = problem.x.to(dtype, copy=True)
     x: Any = leaf
@@ -149,7 +149,12 @@ def side_of(
             parameter.grad = None
         result = forward()
         y = result[0] if isinstance(result, tuple) else result
-        (y.data if isinstance(y, PackedSequence) else y).backward(dy)
+        y = y.data if isinstance(y, PackedSequence) else y
+        if case.mode == "penalty":
+            (dx,) = torch.autograd.grad(y, leaf, dy, create_graph=True)
+            dx.square().sum().backward()
+        else:
+            y.backward(dy)
         return result
 
     call = step if training else forward

@@ -16,7 +16,8 @@ from pathlib import Path
 if __package__ in (None, ""):  # run by its path
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.floors import BOTH, FLOORS, geometric_mean, verdict
+from benchmarks.cases import MODES
+from benchmarks.floors import FLOORS, geometric_mean, verdict
 from benchmarks.machine import ROOT
 from benchmarks.results import RESULTS, Row, arithmetic, key, newest, read
 
@@ -132,7 +133,7 @@ def _ratio(row: Row | None) -> str:
 
 def section(rows: list[Row]) -> list[str]:
     """One table: a line for each shape, a column for each cell and mode, a mean for each group."""
-    columns = sorted({(row["cell"], row["mode"]) for row in rows}, key=lambda pair: (pair[0], BOTH.index(pair[1])))
+    columns = sorted({(row["cell"], row["mode"]) for row in rows}, key=lambda pair: (pair[0], MODES.index(pair[1])))
     found = {(row["case"], row["cell"], row["mode"]): row for row in rows}
     lines = [
         f"| | {' | '.join(f'{cell.upper()} {mode}' for cell, mode in columns)} |",

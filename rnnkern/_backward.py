@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from rnnkern._fold import Fold, Mapped, one_by_one, sample
 from rnnkern._plan import Plan, shape_only
 from rnnkern._run import real, run_reference, scan_arguments, unwatched
 from rnnkern._segments import backward_in_segments, steps_of_a_segment
+from rnnkern._tangents import LayerTangents, beneath_forward_mode, differentiable, placed, serves
 from rnnkern._weights import layer_gradients
 from rnnkern.backends.base import ScanGrads, ScanOutputs
 from rnnkern.backends.reference import BACKEND as REFERENCE
@@ -26,10 +28,7 @@ def tangents_of(
     moving = [i for i, t in enumerate(tangents) if t is not None]
 
     def along(*values: Tensor) -> tuple[Tensor, ...]:
-        full = list(primals)
-        for i, value in zip(moving, values, strict=True):
-            full[i] = value
-        return f(*full)
+        return f(*placed(primals, moving, values))
 
     out, transposed = torch.func.vjp(along, *(primals[i] for i in moving))  # type: ignore[misc]
     _, pushed = torch.func.vjp(lambda *u: transposed(u), *(torch.zeros_like(o) for o in out))  # type: ignore[misc]
@@ -80,44 +79,78 @@ class LayerBackward(torch.autograd.Function):
 
     @staticmethod
     def _recomputed(
-        ctx: Any, asked: Sequence[bool]
+        ctx: Any, tensors: Sequence[Tensor], asked: Sequence[bool]
     ) -> tuple[Callable[..., tuple[Tensor, ...]], list[Tensor], list[int]]:
         """The asked gradients as a differentiable function of d and of the layer's floating-point inputs.
 
         The forward is part of it: what the outputs saved for the backward contribute comes in through the inputs.
         Returns the function, its arguments, and where among the tensors of `forward` each of those stands.
         """
-        plan, T, B, count, tensors = ctx.plan, ctx.T, ctx.B, ctx.count, ctx.saved_tensors
+        plan, T, B, count = ctx.plan, ctx.T, ctx.B, ctx.count
         k, inputs_at = plan.differentiable, len(tensors) - count
         places = [i for i in range(k) if tensors[i].dim() > 1]
         places += [i for i in range(inputs_at, len(tensors)) if tensors[i].is_floating_point()]
 
         def gradients(*values: Tensor) -> tuple[Tensor, ...]:
-            full = list(tensors)
-            for i, value in zip(places, values, strict=True):
-                full[i] = value
-            d, _, layer_inputs = parts(plan, count, full)
+            d, _, layer_inputs = parts(plan, count, placed(tensors, places, values))
             return tuple(v for v in gradients_in_torch(plan, T, B, asked, d, layer_inputs) if v is not None)
 
         return gradients, [tensors[i] for i in places], places
 
     @staticmethod
     def backward(ctx: Any, *g: Tensor | None) -> tuple[Any, ...]:
-        result: list[Tensor | None] = [None] * len(ctx.saved_tensors)
+        with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
+            return None, None, None, None, None, None, *LayerBackward._backward(ctx, g)
+
+    @staticmethod
+    def _backward(ctx: Any, g: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+        tensors, count = ctx.saved_tensors, ctx.count
         asked = [v is not None and given for v, given in zip(g, ctx.given, strict=True)]
-        if any(asked):
-            function, arguments, places = LayerBackward._recomputed(ctx, asked)
-            _, back = torch.func.vjp(function, *arguments)  # type: ignore[misc]
-            found = back(tuple(v for v, there in zip(g, asked, strict=True) if there))
-            for i, value in zip(places, found, strict=True):
-                result[i] = value
-        return None, None, None, None, None, None, *result
+        none: list[Tensor | None] = [None] * len(tensors)
+        if not any(asked):
+            return none
+        function, arguments, places = LayerBackward._recomputed(ctx, tensors, asked)
+        n, there = len(arguments), [i for i, present in enumerate(asked) if present]
+        values = [*arguments, *(v for v, present in zip(g, asked, strict=True) if present and v is not None)]
+        wanted = (True,) * count if torch.is_grad_enabled() else ctx.needs_input_grad[-count:]
+
+        def slow(*values: Tensor) -> tuple[Tensor, ...]:
+            _, back = torch.func.vjp(function, *values[:n])  # type: ignore[misc]
+            return back(values[n:])
+
+        def fast(*values: Tensor) -> list[Tensor | None]:
+            d, kept, layer_inputs = parts(ctx.plan, count, placed(tensors, places, values[:n]))
+            along = tangents_along(ctx, kept, layer_inputs, placed([None] * count, there, values[n:]))
+            found = [*along.outputs(), *(None for _ in kept), *along.gradients(d, (None,) * len(d), wanted)]
+            return [found[i] for i in places]
+
+        served = serves(ctx.plan, tensors[0].shape[0], (*tensors, *values))
+        return placed(none, places, differentiable(fast, slow, values) if served else slow(*values))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
-        function, arguments, places = LayerBackward._recomputed(ctx, ctx.given)
-        moved = iter(tangents_of(function, arguments, [tangents[6 + i] for i in places]))
-        return tuple(next(moved) if given else None for given in ctx.given)
+        return beneath_forward_mode(partial(LayerBackward._jvp, ctx), ctx.saved_tensors, tangents[6:])
+
+    @staticmethod
+    def _jvp(ctx: Any, tensors: Sequence[Tensor], moving: Sequence[Tensor | None]) -> list[Tensor | None]:
+        count = ctx.count
+        function, arguments, places = LayerBackward._recomputed(ctx, tensors, ctx.given)
+        n, moved = len(arguments), [i for i in places if moving[i] is not None]
+        values = [*arguments, *(t for i in moved if (t := moving[i]) is not None)]
+
+        def slow(*values: Tensor) -> tuple[Tensor, ...]:
+            along = placed(moving, moved, values[n:])
+            return tangents_of(function, values[:n], [along[i] for i in places])
+
+        def fast(*values: Tensor) -> list[Tensor | None]:
+            d, kept, layer_inputs = parts(ctx.plan, count, placed(tensors, places, values[:n]))
+            td, _, direction = parts(ctx.plan, count, placed([None] * len(tensors), moved, values[n:]))
+            found = tangents_along(ctx, kept, layer_inputs, direction).gradients(d, td, ctx.given)
+            return [v for v in found if v is not None]
+
+        served = serves(ctx.plan, tensors[0].shape[0], (*tensors, *values))
+        results = iter(differentiable(fast, slow, values) if served else slow(*values))
+        return [next(results) if given else None for given in ctx.given]
 
     @staticmethod
     def vmap(
@@ -165,6 +198,14 @@ def gradients_in_torch(
     grads = REFERENCE.backward(inputs, out, d[0], tuple(d[1 : 1 + K]), tuple(d[1 + K :]))
     w_ih, _ = plan.projection(args)
     return layer_gradients(plan, inputs, x, w_ih, out.y, out.hidden, grads, asked, in_place=False)
+
+
+def tangents_along(
+    ctx: Any, outputs: Sequence[Tensor], layer_inputs: Sequence[Tensor], direction: Sequence[Tensor | None]
+) -> LayerTangents:
+    y, *seq, planes, hidden = outputs
+    kept = ScanOutputs(y, (), tuple(seq), planes, hidden)
+    return LayerTangents(ctx.plan, ctx.T, ctx.B, layer_inputs[0], tuple(layer_inputs[1:]), kept, direction)
 
 
 def parts(plan: Plan, count: int, tensors: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], ...]:

@@ -25,7 +25,7 @@ def unwatched() -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
-        or forward_ad._current_level >= 0
+        or (forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled())
         or torch._C._get_tracing_state() is not None
     )
 

@@ -1,13 +1,15 @@
 """One layer, input projection and scan, as an autograd Function over the two ops of _ops.py.
 
 The layer and not the scan: so the pre-activations are a temporary that no backward keeps. First derivatives run on the
-backend that ran the forward. Higher ones and forward mode go through the reference: its forward and hand-written
-backward are plain torch operations, so they are recomputed from the layer's inputs and differentiated.
+backend that ran the forward. Second ones and forward mode are one tangent pass (_tangents.py). What that does not
+take, third derivatives, and what torch.func maps or differentiates further go through the reference: its forward and
+hand-written backward are plain torch operations, so they are recomputed from the layer's inputs and differentiated.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +29,7 @@ from rnnkern._run import (
     scan_arguments,
     unwatched,
 )
+from rnnkern._tangents import beneath_forward_mode, differentiable, outputs_along, placed, serves
 from rnnkern.backends.base import ScanInputs
 
 _wrapped = torch._C._functorch.is_functorch_wrapped_tensor
@@ -233,13 +236,29 @@ class LayerWithTangents(Layer):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
+        return *beneath_forward_mode(partial(LayerWithTangents._jvp, ctx), ctx.saved_tensors, tangents[5:]), None, None
+
+    @staticmethod
+    def _jvp(ctx: Any, tensors: Sequence[Tensor], moving: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         plan, T, B, count = ctx.plan, ctx.T, ctx.B, ctx.plan.differentiable
+        floating = [i for i, t in enumerate(tensors) if t.is_floating_point()]
+        n, moved = len(floating), [i for i, t in enumerate(moving) if t is not None]
+        values = [*(tensors[i] for i in floating), *(t for t in moving if t is not None)]
 
         def run(x: Tensor, *args: Tensor) -> tuple[Tensor, ...]:
             out = run_reference(plan, T, B, x, args)[1]
             return (out.y, *out.final, *out.seq)[:count]
 
-        return *tangents_of(run, ctx.saved_tensors[: ctx.count], tangents[5:]), None, None
+        def slow(*values: Tensor) -> tuple[Tensor, ...]:
+            along = placed(moving, moved, values[n:])
+            return tangents_of(run, placed(tensors, floating, values[:n]), along)
+
+        def fast(*values: Tensor) -> tuple[Tensor, ...]:
+            x, *args = placed(tensors, floating, values[:n])
+            return outputs_along(plan, ctx.backend, T, B, x, tuple(args), placed(moving, moved, values[n:]))
+
+        served = serves(plan, tensors[0].shape[0], (*tensors, *values))
+        return differentiable(fast, slow, values) if served else slow(*values)
 
 
 # Function.apply without the inspection of forward's signature that it makes at every call, for defaults that are not

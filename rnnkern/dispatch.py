@@ -107,7 +107,7 @@ class use_backend:  # noqa: N801  a function to its callers, as torch.no_grad is
     """Choose a backend by name for this thread, at once, and until the end of the block if used in ``with``.
 
     The choice is never swapped for another: a call that the backend cannot do raises with its reasons. It holds for
-    first derivatives; higher ones always run on the reference.
+    first derivatives; higher ones run in plain torch operations, whatever the choice.
 
     Args:
         name: ``"triton"``, ``"cpp"``, ``"numba"``, ``"reference"``, ``"torch"`` (torch's own kernels), or None for

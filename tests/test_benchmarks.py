@@ -95,9 +95,10 @@ def test_every_suite_has_cases_and_known_peers() -> None:
     assert {peer for _, peer in suite("quick", ["openvino"])} == {"openvino"}
 
 
+@pytest.mark.parametrize("mode", ["training", "penalty"])
 @pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
-def test_a_wrong_result_has_no_number(cell: str) -> None:
-    case = Case(cell, SMALL.shape, "training", "fp32")
+def test_a_wrong_result_has_no_number(cell: str, mode: str) -> None:
+    case = Case(cell, SMALL.shape, mode, "fp32")
     prepared = Prepared.of(case, torch.get_num_threads())
     good = prepared.mine.results()
     check(case, good, good, prepared.truth)

@@ -7,9 +7,20 @@ import itertools
 import pytest
 import torch
 from tolerance import check, check_grad
+from torch.func import jvp
 
 from rnnkern.cells import CELLS, Aux, CellSpec
-from rnnkern.cells.functions import clip, d_clip, d_normalise, d_relu, d_sigmoid, d_tanh, normalise
+from rnnkern.cells.functions import (
+    clip,
+    d_clip,
+    d_normalise,
+    d_relu,
+    d_sigmoid,
+    d_tanh,
+    normalise,
+    t_d_sigmoid,
+    t_d_tanh,
+)
 
 D = torch.float64
 ROWS, H = 5, 7
@@ -57,6 +68,31 @@ def test_step_backward_is_the_derivative_of_step(cell, names):
     assert len(planes) == len(cell.planes) and len(new) == len(cell.states)
 
 
+@pytest.mark.parametrize("cell", [cell for cell in CELLS.values() if cell.jacobian], ids=lambda cell: cell.name)
+def test_jacobian_and_tangents_are_those_of_step_and_step_backward(cell):
+    def rows(names):
+        return tuple(torch.randn(ROWS, H, dtype=D) for _ in names)
+
+    plain = Aux({}, {}, 0.0)
+    primals = tuple(rows(names) for names in (cell.gates, cell.gates, cell.states))
+    moved = tuple(rows(names) for names in (cell.gates, cell.gates, cell.states))
+    (_, planes), truth = jvp(lambda *v: cell.step(*v, plain), primals, moved)
+    jacobian, tplanes = cell.jacobian(planes, primals[2]), cell.planes_jvp(*moved[:2], planes)
+    new = []
+    for gx, gh, states in zip(*jacobian, strict=True):
+        terms = [gx * torch.stack(moved[0], -2), gh * torch.stack(moved[1], -2)]
+        through = [j * t for j, t in zip(states, moved[2], strict=True) if j is not None]
+        new.append(sum((term.sum(-2) for term in terms), sum(through, torch.zeros(ROWS, H, dtype=D))))
+    check_grad([*new, *tplanes], [*truth[0], *truth[1]], [*truth[0], *truth[1]], cell.name)
+
+    dstates = rows(cell.states)
+    back = lambda *v: cell.step_backward(dstates, *v, plain)[:3]  # noqa: E731
+    _, truth = jvp(back, (planes, primals[2]), (tplanes, moved[2]))
+    ours = cell.step_backward_jvp(dstates, planes, tplanes, primals[2], moved[2])
+    flat, expected = ([v for row in result for v in row] for result in (ours, truth))
+    check_grad(flat, expected, expected, f"{cell.name}, backward")
+
+
 @pytest.mark.parametrize("cell", CELLS.values(), ids=list(CELLS))
 def test_split_names_the_gates_whose_gradients_differ(cell):
     gx, gh = (tuple(draw(ROWS, H) for _ in cell.gates) for _ in range(2))
@@ -93,6 +129,10 @@ def test_shared_derivatives():
     for act, of_output in ((torch.sigmoid, d_sigmoid), (torch.tanh, d_tanh)):
         truth = torch.autograd.grad(act(v).sum(), v)
         check([of_output(act(v))], truth, truth, act.__name__)
+    y, t = torch.rand(5, dtype=D), torch.randn(5, dtype=D)
+    for of_output, moving in ((d_sigmoid, t_d_sigmoid), (d_tanh, t_d_tanh)):
+        truth = jvp(of_output, (y,), (t,))[1]
+        check([moving(y, t)], truth, truth, of_output.__name__)
     strange = torch.tensor([float("nan"), 1.0, float("nan"), float("nan"), float("inf")], dtype=D)
     for at, d in ((v, torch.randn(5, dtype=D)), (v, strange), (strange.clone().requires_grad_(), strange)):
         truth = torch.autograd.grad(at.relu(), at, d)

@@ -1,4 +1,4 @@
-"""Tests of the tests: eight errors that are easy to make, each of which the checks must see.
+"""Tests of the tests: ten errors that are easy to make, each of which the checks must see.
 
 A mutant changes one line of the reference, of a cell or of the layer. The check that passes on the code as it is must
 fail on the mutant. Mutants of the backward leave the truth alone: torch's autograd of the reference's forward.
@@ -14,7 +14,7 @@ from layers import everything, gradients, random_call
 from tolerance import check, check_grad
 from torch.func import grad, vmap
 
-from rnnkern import _fold
+from rnnkern import _fold, _tangents
 from rnnkern.backends import reference
 from rnnkern.cells import CELLS
 
@@ -108,6 +108,29 @@ def layer_norm_forgets_a_term(patch):
     patch.setattr(reference, "d_normalise", lambda d, y, scale: scale * (d - d.mean(-1, keepdim=True)))
 
 
+def second_derivatives_are_right(call):
+    """The heart of test_contract_transforms' test_second_derivatives."""
+    found = []
+    for outputs in (call.run(), call.written_out()):
+        (first,) = torch.autograd.grad(sum(o.pow(2).sum() for o in outputs), call.x, create_graph=True)
+        found.append(gradients((first,), call.tensors))
+    check_grad(found[0], found[1], found[1])
+
+
+def activations_are_held(patch):
+    gru = CELLS["gru"]
+    patch.setitem(CELLS, "gru", replace(gru, planes_jvp=lambda tgx, tgh, planes: tuple(map(torch.zeros_like, planes))))
+
+
+def factors_are_held(patch):
+    honest = _tangents.layer_gradients
+
+    def without(plan, inputs, x, w_ih, y, hidden, d, wanted, in_place):
+        return honest(plan, inputs, x, w_ih, y * 0, hidden, d, wanted, in_place)
+
+    patch.setattr(_tangents, "layer_gradients", without)
+
+
 MUTANTS = {
     gru_shares_its_gate_gradients: (backward_is_the_derivative, lambda: random_call("gru")),
     mask_is_left_out_of_dh: (backward_is_the_derivative, lambda: everything("gru")),
@@ -116,6 +139,8 @@ MUTANTS = {
     reverse_walks_forward: (walks_as_torch, lambda: replace(random_call("gru"), lengths=torch.full((3,), 4))),
     fold_puts_samples_on_the_wrong_side: (samples_stay_apart, lambda: random_call("gru")),
     clip_is_left_out_of_the_gradient: (backward_is_the_derivative, lambda: everything("lstm")),
+    activations_are_held: (second_derivatives_are_right, lambda: random_call("gru")),
+    factors_are_held: (second_derivatives_are_right, lambda: random_call("lstm")),
     layer_norm_forgets_a_term: (backward_is_the_derivative, lambda: everything("rnn_tanh")),
 }
 

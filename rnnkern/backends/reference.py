@@ -1,4 +1,4 @@
-"""The scan in plain torch operations: truth for every test, and the path that higher derivatives take.
+"""The scan in plain torch operations: truth for every test, and the path of derivatives that nothing faster takes.
 
 One loop for every cell and every option of the contract, in the order of steps that base.py gives. Nothing is written
 in place, so forward and backward can both be differentiated, in both directions, to any order, and mapped by vmap.

@@ -1,6 +1,7 @@
 """Derivatives and normalisation shared by the reference steps.
 
 Derivatives take the activation's output, not its argument: a step saves what it computed, and no kernel needs more.
+A name that begins with t is a tangent: t_d_sigmoid is how d_sigmoid moves when y moves by t.
 """
 
 from __future__ import annotations
@@ -13,8 +14,16 @@ def d_sigmoid(y: Tensor) -> Tensor:
     return y * (1 - y)
 
 
+def t_d_sigmoid(y: Tensor, t: Tensor) -> Tensor:
+    return (1 - 2 * y) * t
+
+
 def d_tanh(y: Tensor) -> Tensor:
     return 1 - y * y
+
+
+def t_d_tanh(y: Tensor, t: Tensor) -> Tensor:
+    return -2 * y * t
 
 
 def d_relu(d: Tensor, y: Tensor) -> Tensor:

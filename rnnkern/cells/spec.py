@@ -22,6 +22,14 @@ Row = tuple[Tensor, ...]  # one tensor per gate, state or plane
 StepGrads = tuple[Row, Row, Row, Row]  # dgx, dgh, dentering, dsmall
 
 
+class Jacobian(NamedTuple):
+    """Of a step's new states. Each unit depends on its own gates and states alone, so it is a small matrix per unit."""
+
+    gx: tuple[Tensor, ...]  # per new state, with respect to every gate: [..., G, H]
+    gh: tuple[Tensor, ...]  # the same tensors for cells without `split`
+    states: tuple[tuple[Tensor | None, ...], ...]  # [new][entering], with [..., H] each; None: zero
+
+
 @dataclass(frozen=True)
 class CellSpec:
     """The static description of a cell, and its reference equations.
@@ -29,6 +37,15 @@ class CellSpec:
     ``step(gx, gh, states, aux) -> (new states, planes)`` takes and returns tuples with one tensor per gate, state or
     plane; the new h has width H, before projection. ``step_backward(dstates, planes, states, aux) -> (dgx, dgh,
     dentering, dsmall)`` is written by hand: kernels mirror it line for line.
+
+    Three more make second derivatives and forward mode fast, for a cell without small parameters, masks and clips; a
+    cell that lacks them has the reference differentiated. Arguments and results that begin with t are tangents.
+
+    * ``jacobian(planes, states) -> Jacobian`` of the new states.
+    * ``planes_jvp(tgx, tgh, planes) -> tplanes``
+    * ``step_backward_jvp(dstates, planes, tplanes, states, tstates) -> (tdgx, tdgh, tdentering)``: how the result of
+      step_backward moves while dstates stay. It is linear in those: with their own tangents it is the Jacobian's
+      transpose.
     """
 
     name: str  # registry key; travels inside ScanSpec.cell
@@ -37,6 +54,9 @@ class CellSpec:
     planes: tuple[str, ...]  # activations that step_backward reads, storage dtype
     step: Callable[..., tuple[Row, Row]]
     step_backward: Callable[..., StepGrads]
+    jacobian: Callable[[Row, Row], Jacobian] | None = None
+    planes_jvp: Callable[[Row, Row, Row], Row] | None = None
+    step_backward_jvp: Callable[..., tuple[Row, Row, Row]] | None = None
     split: tuple[str, ...] = ()  # gates whose dgh differs from dgx (GRU: n); empty: dgh is not stored
     small: tuple[str, ...] = ()  # elementwise parameters it accepts; the driver sums their gradients, no atomics
     row: tuple[str, ...] = ()  # of those, the ones that need a whole row of H in one place

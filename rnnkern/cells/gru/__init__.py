@@ -19,7 +19,7 @@ dgx is (dr, dz, dn) and dgh is (dr, dz, dn * r).
 
 from __future__ import annotations
 
-from rnnkern.cells.gru.reference import step, step_backward
+from rnnkern.cells.gru.reference import jacobian, planes_jvp, step, step_backward, step_backward_jvp
 from rnnkern.cells.spec import CellSpec
 
 GRU = CellSpec(
@@ -29,6 +29,9 @@ GRU = CellSpec(
     planes=("r", "z", "n", "hn"),
     step=step,
     step_backward=step_backward,
+    jacobian=jacobian,
+    planes_jvp=planes_jvp,
+    step_backward_jvp=step_backward_jvp,
     split=("n",),
     norm=(2, 1),
     masks=("candidate",),

@@ -28,7 +28,7 @@ c0, so it is right under zoneout and clipping, where the c that was stored is an
 
 from __future__ import annotations
 
-from rnnkern.cells.lstm.reference import step, step_backward
+from rnnkern.cells.lstm.reference import jacobian, planes_jvp, step, step_backward, step_backward_jvp
 from rnnkern.cells.spec import CellSpec
 
 LSTM = CellSpec(
@@ -38,6 +38,9 @@ LSTM = CellSpec(
     planes=("i", "f", "g", "o"),
     step=step,
     step_backward=step_backward,
+    jacobian=jacobian,
+    planes_jvp=planes_jvp,
+    step_backward_jvp=step_backward_jvp,
     small=("peephole_i", "peephole_f", "peephole_o", "ln_c", "ln_c_bias"),
     row=("ln_c", "ln_c_bias"),
     norm=(4,),

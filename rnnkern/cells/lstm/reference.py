@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rnnkern.cells.functions import clip, d_clip, d_normalise, d_sigmoid, d_tanh, normalise
-from rnnkern.cells.spec import Aux, Row, StepGrads
+from rnnkern.cells.functions import clip, d_clip, d_normalise, d_sigmoid, d_tanh, normalise, t_d_sigmoid, t_d_tanh
+from rnnkern.cells.spec import Aux, Jacobian, Row, StepGrads
 
 
 def step(gx: Row, gh: Row, states: Row, aux: Aux) -> tuple[Row, Row]:
@@ -51,6 +51,37 @@ def step_backward(dstates: Row, planes: Row, states: Row, aux: Aux) -> StepGrads
     }
     gates = (di, df, dg, do)
     return gates, gates, (torch.zeros_like(states[0]), dc0), tuple(d for name, d in small.items() if name in p)
+
+
+def jacobian(planes: Row, states: Row) -> Jacobian:
+    (i, f, g, o), c0 = planes, states[1]
+    u = torch.tanh(f * c0 + i * g)
+    dc = o * d_tanh(u)
+    ji, jf, jg = g * d_sigmoid(i), c0 * d_sigmoid(f), i * d_tanh(g)
+    c = torch.stack((ji, jf, jg, torch.zeros_like(o)), -2)
+    h = torch.stack((ji * dc, jf * dc, jg * dc, u * d_sigmoid(o)), -2)
+    return Jacobian((h, c), (h, c), ((None, dc * f), (None, f)))
+
+
+def planes_jvp(tgx: Row, tgh: Row, planes: Row) -> Row:
+    (ti, tf, tg, to), (i, f, g, o) = (x + h for x, h in zip(tgx, tgh, strict=True)), planes
+    return ti * d_sigmoid(i), tf * d_sigmoid(f), tg * d_tanh(g), to * d_sigmoid(o)
+
+
+def step_backward_jvp(dstates: Row, planes: Row, tplanes: Row, states: Row, tstates: Row) -> tuple[Row, Row, Row]:
+    (dh, dc), (i, f, g, o), (ti, tf, tg, to) = dstates, planes, tplanes
+    c0, tc0 = states[1], tstates[1]
+    u = torch.tanh(f * c0 + i * g)
+    tu = d_tanh(u) * (tf * c0 + f * tc0 + ti * g + i * tg)
+    tdo = dh * (tu * d_sigmoid(o) + u * t_d_sigmoid(o, to))
+    dc = dc + dh * o * d_tanh(u)
+    tdc = dh * (to * d_tanh(u) + o * t_d_tanh(u, tu))
+    tdi = (tdc * g + dc * tg) * d_sigmoid(i) + dc * g * t_d_sigmoid(i, ti)
+    tdf = (tdc * c0 + dc * tc0) * d_sigmoid(f) + dc * c0 * t_d_sigmoid(f, tf)
+    tdg = (tdc * i + dc * ti) * d_tanh(g) + dc * i * t_d_tanh(g, tg)
+    tdc0 = tdc * f + dc * tf
+    gates = (tdi, tdf, tdg, tdo)
+    return gates, gates, (torch.zeros_like(states[0]), tdc0)
 
 
 def _output(c: Tensor, aux: Aux) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,8 +12,28 @@ or with :math:`\mathrm{ReLU}` in the place of :math:`\tanh`. With :math:`gx = x_
 
 from __future__ import annotations
 
-from rnnkern.cells.rnn.reference import relu_step, relu_step_backward, tanh_step, tanh_step_backward
+from rnnkern.cells.rnn import reference as r
 from rnnkern.cells.spec import CellSpec
 
-RNN_TANH = CellSpec("rnn_tanh", ("a",), ("h",), ("a",), tanh_step, tanh_step_backward)
-RNN_RELU = CellSpec("rnn_relu", ("a",), ("h",), ("a",), relu_step, relu_step_backward)
+RNN_TANH = CellSpec(
+    "rnn_tanh",
+    gates=("a",),
+    states=("h",),
+    planes=("a",),
+    step=r.tanh_step,
+    step_backward=r.tanh_step_backward,
+    jacobian=r.tanh_jacobian,
+    planes_jvp=r.tanh_planes_jvp,
+    step_backward_jvp=r.tanh_step_backward_jvp,
+)
+RNN_RELU = CellSpec(
+    "rnn_relu",
+    gates=("a",),
+    states=("h",),
+    planes=("a",),
+    step=r.relu_step,
+    step_backward=r.relu_step_backward,
+    jacobian=r.relu_jacobian,
+    planes_jvp=r.relu_planes_jvp,
+    step_backward_jvp=r.relu_step_backward_jvp,
+)
