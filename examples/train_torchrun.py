@@ -22,20 +22,8 @@ import rnnkern
 from rnnkern.demo import CharacterModel, read_text
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("hidden", 256), ("batch", 16), ("length", 64), ("steps", 100)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--shard", action="store_true", help="shard the weights (FSDP2); else every process has all")
-    args = parser.parse_args()
-
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo")
+def train(device: torch.device, args: argparse.Namespace) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
-
     text = read_text(None, args.length, device)
     torch.manual_seed(0)  # the same weights everywhere
     model: nn.Module = CharacterModel(rnnkern.LSTM(args.hidden, args.hidden), len(text.alphabet)).to(device)
@@ -53,11 +41,24 @@ def main() -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if step % 10 == 0 or step == args.steps:
-            mean = loss.detach()
-            dist.all_reduce(mean)
-            if rank == 0:
-                print(f"step {step}: loss {mean.item() / world:.3f}", flush=True)
+        if rank == 0 and (step % 10 == 0 or step == args.steps):
+            print(f"step {step}: loss {loss.item():.3f}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("hidden", 256), ("batch", 16), ("length", 64), ("steps", 100)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--shard", action="store_true", help="shard the weights (FSDP2); else every process has all")
+    args = parser.parse_args()
+
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if cuda else "gloo")
+    train(device, args)
+    # After the model is gone: one that outlives its process group can wait for gloo's threads for ever as it goes.
     dist.destroy_process_group()
 
 
