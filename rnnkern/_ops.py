@@ -180,9 +180,10 @@ def _for_autograd(op: torch._ops.OpOverload) -> Callable[..., Tensors]:
             with torch._C._AutoDispatchBelowAutograd():
                 return op.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
 
-        tensors = [t for t in tree_leaves(arguments) if isinstance(t, Tensor)]
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-            return list(_NoGradient.apply(below, *tensors))
+        if torch.is_grad_enabled():
+            tensors = [t for t in tree_leaves(arguments) if isinstance(t, Tensor)]
+            if any(t.requires_grad for t in tensors):
+                return list(_NoGradient.apply(below, *tensors))
         return below()
 
     return kernel
