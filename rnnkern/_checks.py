@@ -10,18 +10,47 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
+def container(input: Tensor) -> None:
+    """Refuse what looks like a tensor and has no rows in memory, with a way round."""
+    if isinstance(input, Proxy):
+        raise TypeError(
+            "torch.fx.symbolic_trace cannot follow rnnkern's modules. Trace the model with torch.nn's, and accelerate "
+            "what comes out: rnnkern.accelerate(torch.fx.symbolic_trace(rnnkern.restore(model)))"
+        )
+    if input.is_nested:
+        raise TypeError(
+            "nested tensors are not supported: pad, and say how long each sequence is, "
+            "module(x.to_padded_tensor(0.0), lengths=...) with batch_first=True"
+        )
+
+
 def rank(title: str, input: Tensor) -> bool:
     """Whether `input` is batched; raises as torch.nn does if it is neither."""
-    if input.dim() == 3:
+    dims = input.dim()
+    container(input)
+    if dims == 3:
         return True
-    if input.dim() == 2:
+    if dims == 2:
         return False
     tensor = " tensor" if title == "RNN" else ""
-    raise ValueError(f"{title}: Expected input to be 2D or 3D, got {input.dim()}D{tensor} instead")
+    raise ValueError(f"{title}: Expected input to be 2D or 3D, got {dims}D{tensor} instead")
+
+
+def step_rank(title: str, input: Tensor, hx: tuple[Tensor, ...] | None) -> None:
+    """Of a cell's tensors, with or without a batch dimension."""
+    dims = input.dim()
+    container(input)
+    if dims not in (1, 2):
+        raise ValueError(f"{title}: Expected input to be 1D or 2D, got {dims}D instead")
+    for index, h in enumerate(hx or ()):
+        if h.dim() not in (1, 2):
+            which = f"hx[{index}]" if title == "LSTMCell" else "hidden"
+            raise ValueError(f"{title}: Expected {which} to be 1D or 2D, got {h.dim()}D instead")
 
 
 def state_rank(hx: tuple[Tensor, ...], batched: bool) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from rnnkern import dispatch
+from rnnkern._dynamo import constant
 
 _CODES = {"rnn_tanh": (0, 1), "rnn_relu": (1, 1), "lstm": (2, 4), "gru": (3, 3)}  # number in the extension, gates
 _NARROW = (torch.bfloat16, torch.float16)  # c is kept in fp32 then, and given and taken in the module's dtype
@@ -44,6 +45,7 @@ _kernel: Any = None  # rnnkern._cpu.layer once it is known to be there, False wh
 _isa = ""
 
 
+@constant  # a trace must not enter imports
 def _load() -> Any:
     global _kernel, _isa
     _kernel = False
@@ -55,9 +57,6 @@ def _load() -> Any:
         if _cpu.bind(exchange, Tensor, torch.nn.Parameter, torch.empty_like, torch.float32):
             _kernel, _isa = _cpu.layer, BACKEND.isa
     return _kernel
-
-
-_load._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a trace must not enter imports
 
 
 def _closed() -> bool:

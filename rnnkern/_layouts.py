@@ -86,17 +86,18 @@ def autocast_dtype(device: str) -> torch.dtype | None:
 
 
 def autocast_dtypes(
-    low: torch.dtype, cell: str, input: Tensor, hx: States | None, packed: bool, proj: bool, step: bool = False
+    low: torch.dtype, cell: str, input: Tensor, hx: States | None, ragged: bool, proj: bool, step: bool = False
 ) -> tuple[torch.dtype, torch.dtype]:
     """Dtypes of (h, c) that torch's networks give under autocast.
 
     float64 is left alone. On accelerators all is in the autocast dtype. On the CPU that holds for RNN, RNNCell and an
     LSTM without projection on dense input; elsewhere only the products are cast, and pointwise operations promote to
     the dtype of the states, which with the default states is the input's. A projection is a product: h is cast, c not.
+    `ragged`: packed sequences of different lengths.
     """
     if input.dtype == torch.float64:
         return input.dtype, input.dtype
-    if input.device.type != "cpu" or cell.startswith("rnn") or (cell == "lstm" and not (packed or proj or step)):
+    if input.device.type != "cpu" or cell.startswith("rnn") or (cell == "lstm" and not (ragged or proj or step)):
         return low, low
     wide = torch.promote_types(low, (hx[-1] if hx else input).dtype)
     return (low, wide) if proj else (wide, wide)

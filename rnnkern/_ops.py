@@ -1,4 +1,4 @@
-"""The two opaque ops of the library and their fakes. Nothing else registers ops.
+"""The two opaque ops of the library, and their fakes. Nothing else registers ops.
 
 Opaque to torch.compile, torch.export and dispatch modes, and without derivatives of their own: those belong to the
 layer (autograd.py). Every option travels in the one string `spec` (ScanSpec.encode), so the schemas never change.
@@ -6,10 +6,12 @@ layer (autograd.py). Every option travels in the one string `spec` (ScanSpec.enc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from rnnkern import dispatch
 from rnnkern.backends.base import ScanInputs, ScanOutputs, ScanSpec
@@ -152,15 +154,51 @@ def _scan_backward_fake(  # type: ignore[no-untyped-def]
     ]
 
 
+class _NoGradient(torch.autograd.Function):
+    """What an op gives, with a backward that says why there is none."""
+
+    @staticmethod
+    def forward(ctx: Any, below: Callable[[], Tensors], *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(below())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            "rnnkern's ops have no gradient of their own, and torch.export makes programs of ops, for inference: to "
+            "train an exported program, export rnnkern.restore(model)"
+        )
+
+
+def _for_autograd(op: torch._ops.OpOverload) -> Callable[..., Tensors]:
+    """The op's kernel where autograd is: torch's own for ops without a derivative would only warn, and give none."""
+
+    def kernel(keys: torch._C.DispatchKeySet, *arguments: Any) -> Tensors:
+        # What AOTInductor packages gives None for an empty list.
+        arguments = (*arguments[:-2], *(v or [] for v in arguments[-2:]))
+
+        def below() -> Tensors:
+            with torch._C._AutoDispatchBelowAutograd():
+                return op.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
+
+        if torch.is_grad_enabled():
+            tensors = [t for t in tree_leaves(arguments) if isinstance(t, Tensor)]
+            if any(t.requires_grad for t in tensors):
+                return list(_NoGradient.apply(below, *tensors))
+        return below()
+
+    return kernel
+
+
 _LIBRARY = torch.library.Library("rnnkern", "DEF")
 for _name, _schema, _run, _fake in (
     ("scan_forward", _FORWARD, _scan_forward, _scan_forward_fake),
     ("scan_backward", _BACKWARD, _scan_backward, _scan_backward_fake),
 ):
     _LIBRARY.define(_name + _schema)
-    for _key in ("CPU", "CUDA"):
-        _LIBRARY.impl(_name, _run, _key)
+    _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")  # any device: the reference is torch operations
     torch.library.register_fake(f"rnnkern::{_name}", _fake, lib=_LIBRARY)
 
 scan_forward = torch.ops.rnnkern.scan_forward.default
 scan_backward = torch.ops.rnnkern.scan_backward.default
+for _op in (scan_forward, scan_backward):
+    _LIBRARY.impl(_op._schema.name, _for_autograd(_op), "Autograd", with_keyset=True)

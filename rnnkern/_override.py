@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from rnnkern import _fast, dispatch, functional
+from rnnkern._dynamo import left_to_python
 from rnnkern.cells import CELLS
 
 _CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")
@@ -78,17 +79,6 @@ class override:  # noqa: N801  a function to its callers, as torch.no_grad is
         _switch.disable()
 
 
-def _leave_to_python(function: Any) -> None:
-    """What torch.compiler.disable does, which would import all of Dynamo here.
-
-    Where Dynamo has left a caller out of its graphs, it must not make one of what runs inside of the caller's op.
-    """
-    frames: Any = torch._C._dynamo.eval_frame
-    skip = frames._FrameAction.SKIP
-    frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))  # its callees as well
-    function._torchdynamo_disable = True
-
-
 class _Switch:
     """How many want the override, and what is registered while anybody does."""
 
@@ -125,7 +115,8 @@ class _Switch:
         self.library = torch.library.Library("aten", "IMPL")
         try:
             for op, key, kernel in kernels:
-                _leave_to_python(kernel)
+                # Where Dynamo has left a caller out of its graphs, it must not make one of what runs inside of its op.
+                left_to_python(kernel)
                 self.library.impl(op, kernel, key, with_keyset=True)
                 self.sites.append((op, key))
         except BaseException:
@@ -289,6 +280,6 @@ def _on_rnnkern(run: Callable[..., Any], *args: Any) -> Any:
         _thread.inside = False
 
 
-_leave_to_python(_Switch.enable)
-_leave_to_python(_Switch.disable)
+left_to_python(_Switch.enable)
+left_to_python(_Switch.disable)
 _switch = _Switch()

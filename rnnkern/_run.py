@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from torch.nn.functional import linear
 
 from rnnkern import dispatch
+from rnnkern._dynamo import constant
 from rnnkern._plan import Plan
 from rnnkern.backends.base import ScanInputs, ScanOutputs
 from rnnkern.backends.reference import BACKEND as REFERENCE
@@ -43,6 +44,26 @@ def forward_levels() -> int:
     """How many nested forward-mode transforms are active."""
     stack = torch._C._functorch.get_interpreter_stack() or ()
     return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in stack)
+
+
+@constant  # asked at trace time: Dynamo enters the transforms that it traces
+def transformed_in_a_trace() -> bool:
+    """Whether the trace that is being made is inside a transform of torch.func."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def may_be_differentiated(tensors: Sequence[Tensor]) -> bool:
+    """Whether an active transform, or autograd around it, may come back for gradients of a call with these tensors."""
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    if any(level.key() != torch._C._functorch.TransformType.Vmap for level in levels):
+        return True
+    return torch.is_grad_enabled() and any(_unwrapped(t).requires_grad for t in tensors)
+
+
+def _unwrapped(t: Tensor) -> Tensor:
+    while torch._C._functorch.is_functorch_wrapped_tensor(t):
+        t = torch._C._functorch.get_unwrapped(t)
+    return t
 
 
 def run_forward(

@@ -22,11 +22,13 @@ from rnnkern._plan import Plan, cached_plan, make_plan, shape_only
 from rnnkern._run import (
     forward_levels,
     holds_numbers,
+    may_be_differentiated,
     project,
     real,
     run_forward,
     run_reference,
     scan_arguments,
+    transformed_in_a_trace,
     unwatched,
 )
 from rnnkern._tangents import beneath_forward_mode, differentiable, outputs_along, placed, serves
@@ -106,8 +108,10 @@ def layer(
 
     compiling = torch.compiler.is_compiling()
     transformed = not compiling and torch._C._are_functorch_transforms_active()
-    direct, graded = not (compiling or transformed or x.is_meta) and unwatched(), transformed
-    graded_mode = torch.is_grad_enabled()
+    direct = not (compiling or transformed or x.is_meta) and unwatched()
+    graded = transformed and may_be_differentiated(tensors)
+    # What torch.export makes has no backward, so it need not keep what one would read.
+    graded_mode = torch.is_grad_enabled() and not (compiling and torch.compiler.is_exporting())
     for t in tensors:
         if direct and (_wrapped(t) or not holds_numbers(t)):  # what leaked out of a transform stays wrapped
             direct = False
@@ -137,7 +141,8 @@ def layer(
         out = run_forward(backend, inputs, x, w_ih, b_ih, plan.models)
         return out.y, out.final, out.seq if keep_states else ()
     K = len(states)
-    if transformed and forward_levels() > 1:  # torch would take a Function's jvp for a constant there
+    # Dynamo has no vmap and no jvp of a Function; in nested forward mode torch would take its jvp for a constant.
+    if (compiling and transformed_in_a_trace()) or (transformed and forward_levels() > 1):
         out = run_reference(plan, T, B, x, tuple(tensors[1:]))[1]
         return out.y, out.final, out.seq if keep_states else ()
     if compiling:  # without a gradient Dynamo takes a forward with *args for one that wants a context

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from rnnkern import _cuda
+from rnnkern._dynamo import constant
 from rnnkern.backends.base import Backend, ScanInputs
 
 ORDER = ("triton", "cpp", "numba", "reference")
@@ -41,6 +42,7 @@ class _Choice(threading.local):
 _choice = _Choice()
 
 
+@constant  # a trace must not enter imports
 def _load(name: str) -> str:
     """Import a scan backend when first asked for; the reason why that fails, or nothing."""
     slot = _slots[name]
@@ -50,10 +52,6 @@ def _load(name: str) -> str:
         except ImportError as error:
             slot.reason = str(error) or type(error).__name__
     return slot.reason
-
-
-# A trace must not enter imports. torch.compiler.assume_constant_result does this, and would import all of Dynamo here.
-_load._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def unavailable(name: str) -> str | None:
@@ -200,7 +198,8 @@ def wants_torch(
         if device.type != "cuda" or sizes is None:
             return True
         return not triton_is_faster(device, dtype, cell, batch, packed, steps, sizes)
-    if 0 < steps <= FEW_STEPS and cell != "lstm" and torch.is_grad_enabled() and not _watched():
+    # Sizes last: a trace that looks at one is bound to what it saw.
+    if cell != "lstm" and torch.is_grad_enabled() and not _watched() and 0 < steps <= FEW_STEPS:
         return True
     return unavailable("cpp") is not None and _torch_is_faster(dtype, cell, batch, packed)
 
@@ -214,16 +213,13 @@ def _watched() -> bool:
     )
 
 
+@constant  # read at trace time: Dynamo does not follow the property into C++
 def allows_tf32() -> bool:
     """Whether fp32 products on a GPU may be made in TF32: the switch that torch.nn's recurrent networks obey there.
 
     Of torch.backends.cudnn.allow_tf32 too, which sets this one.
     """
     return torch.backends.cudnn.rnn.fp32_precision == "tf32"  # type: ignore[attr-defined]
-
-
-# Read at trace time: Dynamo does not follow the property into C++.
-allows_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def gpu_precision(dtype: torch.dtype) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rnnkern import _checks, _layouts, dispatch
+from rnnkern._dynamo import left_to_python
 from rnnkern._layouts import States
 from rnnkern.autograd import Group, layer
 from rnnkern.backends.base import accumulation_dtype
@@ -194,6 +195,11 @@ def run(
     return_states: bool = False,
 ) -> tuple[Tensor, States, tuple[States, ...]]:
     """What the modules and the functions above share: (output, final states, states of every layer or nothing)."""
+    if batch_sizes is not None and torch.compiler.is_compiling():
+        return _outside_of_graphs(
+            cell, input, hx, params, bias, num_layers, dropout, training, bidirectional, batch_first, batch_sizes,
+            lengths, reset, reset_state, return_states,
+        )  # fmt: skip
     two = cell == "lstm"
     packed = batch_sizes is not None
     batched = True
@@ -257,7 +263,9 @@ def run(
 
     dtypes = tuple(input.dtype for _ in widths)
     if low is not None:
-        dtypes = _layouts.autocast_dtypes(low, cell, input, hx, packed, proj)
+        # Packed sequences of one length are dense to torch.
+        ragged = batch_sizes is not None and int(batch_sizes[-1]) < B
+        dtypes = _layouts.autocast_dtypes(low, cell, input, hx, ragged, proj)
         input, hx, params, reset_state = _layouts.cast(dtypes[0], input, hx, params, reset_state)
     x = (input.transpose(0, 1) if batch_first else input).reshape(-1, I)
     if reset is not None:
@@ -282,6 +290,18 @@ def run(
     elif not batched:  # one batch row: the rows are the steps
         final = tuple(h.squeeze(1) for h in final)
     return y, final, states
+
+
+_PACKED = "a graph does not know how long the sequences of a packed input are; of padded input with lengths= it does"
+
+
+def _outside_of_graphs(*arguments: Any) -> tuple[Tensor, States, tuple[States, ...]]:
+    if torch.compiler.is_exporting():
+        raise ValueError(f"torch.export: {_PACKED}")
+    return run(*arguments)
+
+
+left_to_python(_outside_of_graphs, f"rnnkern: {_PACKED}")
 
 
 def stack(

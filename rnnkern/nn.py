@@ -13,9 +13,18 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnkern import _fast, _layouts, functional
+from rnnkern import _checks, _fast, _layouts, functional
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
+
+
+def _not_scriptable(self: torch.nn.Module) -> None:
+    """What torch.jit.script asks for, to compile it in place of a module."""
+    raise RuntimeError(
+        f"torch.jit.script cannot compile rnnkern.{type(self).__name__}. Script the model with torch.nn's modules, and "
+        "run the result on rnnkern: scripted = torch.jit.script(rnnkern.restore(model)); "
+        "with rnnkern.override(): scripted(x)"
+    )
 
 
 class RNN(torch.nn.RNN):
@@ -60,6 +69,8 @@ class RNN(torch.nn.RNN):
         >>> rnn = rnnkern.RNN(10, 20, 2, nonlinearity="relu")
         >>> output, hn = rnn(torch.randn(5, 3, 10))
     """
+
+    __prepare_scriptable__ = _not_scriptable
 
     def forward(  # type: ignore[override]
         self,
@@ -148,6 +159,8 @@ class LSTM(torch.nn.LSTM):
         >>> output, (hn, cn), states = rnn(input, lengths=[5, 0, 3], return_states=True)
     """
 
+    __prepare_scriptable__ = _not_scriptable
+
     def forward(  # type: ignore[override]
         self,
         input: Tensor | PackedSequence,
@@ -213,6 +226,8 @@ class GRU(torch.nn.GRU):
         >>> output, hn = rnn(torch.randn(3, 5, 10), lengths=torch.tensor([5, 2, 4]))
     """
 
+    __prepare_scriptable__ = _not_scriptable
+
     def forward(  # type: ignore[override]
         self,
         input: Tensor | PackedSequence,
@@ -266,13 +281,14 @@ class RNNCell(torch.nn.RNNCell):
         ...     h = cell(x, h)
     """
 
+    __prepare_scriptable__ = _not_scriptable
+
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
         short = _fast.step(self, f"rnn_{self.nonlinearity}", input, None if hx is None else (hx,))
         if short is not None:
             return short[0]
-        _one_or_two("RNNCell", input, hx)
         return _step(self, f"rnn_{self.nonlinearity}", "RNNCell", input, None if hx is None else (hx,))[0]
 
 
@@ -322,15 +338,12 @@ class LSTMCell(torch.nn.LSTMCell):
         ...     state = cell(x, state)
     """
 
+    __prepare_scriptable__ = _not_scriptable
+
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         short = _fast.step(self, "lstm", input, hx)
         if short is not None:
             return short
-        if input.dim() not in (1, 2):
-            raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
-        for index, value in enumerate(hx or ()):
-            if value.dim() not in (1, 2):
-                raise ValueError(f"LSTMCell: Expected hx[{index}] to be 1D or 2D, got {value.dim()}D instead")
         h, c = _step(self, "lstm", "LSTMCell", input, None if hx is None else (hx[0], hx[1]))
         return h, c
 
@@ -379,11 +392,12 @@ class GRUCell(torch.nn.GRUCell):
         ...     h = cell(x, h)
     """
 
+    __prepare_scriptable__ = _not_scriptable
+
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         short = _fast.step(self, "gru", input, None if hx is None else (hx,))
         if short is not None:
             return short[0]
-        _one_or_two("GRUCell", input, hx)
         return _step(self, "gru", "GRUCell", input, None if hx is None else (hx,))[0]
 
 
@@ -429,7 +443,7 @@ def _sequence(
     if isinstance(reset, PackedSequence) or (reset is not None and sizes is not None):
         reset = _layouts.packed_reset(input, reset)
     if sizes is not None and order is not None:
-        batch = int(sizes[0])
+        batch = order.numel()
         hx = hx and _layouts.in_order(module, hx, order, batch, "hidden")
         if reset_state is not None and reset_state[0].dim() == 3 and reset_state[0].size(1) != 1:
             reset_state = _layouts.in_order(module, reset_state, order, batch, "reset_state")
@@ -448,15 +462,9 @@ def _sequence(
     return (output, final, kept) if return_states else (output, final)
 
 
-def _one_or_two(title: str, input: Tensor, hx: Tensor | None) -> None:
-    if input.dim() not in (1, 2):
-        raise ValueError(f"{title}: Expected input to be 1D or 2D, got {input.dim()}D instead")
-    if hx is not None and hx.dim() not in (1, 2):
-        raise ValueError(f"{title}: Expected hidden to be 1D or 2D, got {hx.dim()}D instead")
-
-
 def _step(
     module: torch.nn.RNNCellBase, cell: str, title: str, input: Tensor, hx: tuple[Tensor, ...] | None
 ) -> tuple[Tensor, ...]:
+    _checks.step_rank(title, input, hx)
     names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
     return functional.run_cell(cell, title, input, hx, *(_weight(module, name) for name in names))
