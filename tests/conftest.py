@@ -17,13 +17,16 @@ if any("triton_interpreted" in argument for argument in sys.argv):
 
 import torch
 from torch._dynamo import trace_rules
+from torch.utils._device import _device_constructors
 
 from rnnkern import dispatch
 
 INTERPRETED = Path(__file__).parent / "triton_interpreted"
 
-# Dynamo knows torch's functions by identity: it must have seen those that _nan_in_new_memory replaces.
+# Dynamo, and torch.device as a mode, know torch's functions by identity, and keep what they find at first: that must be
+# those that _nan_in_new_memory replaces.
 trace_rules.get_torch_obj_rule_map()
+_device_constructors()
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
