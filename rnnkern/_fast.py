@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from rnnkern import dispatch
+from rnnkern import _profile, dispatch
 from rnnkern._dynamo import constant
 
 _CODES = {"rnn_tanh": (0, 1), "rnn_relu": (1, 1), "lstm": (2, 4), "gru": (3, 3)}  # number in the extension, gates
@@ -39,6 +39,7 @@ _modes = torch._C._len_torch_dispatch_stack
 _functions = torch._C._len_torch_function_stack
 _tracing = torch._C._get_tracing_state
 _threads = torch.get_num_threads
+_profiling = _profile.active
 _choice = dispatch._choice
 
 _kernel: Any = None  # rnnkern._cpu.layer once it is known to be there, False where it is not
@@ -178,7 +179,12 @@ def _run(
                     return None
                 c = c.float()
     number, gates = _CODES[cell]
-    out = kernel(_isa, number, gates, H, P, _threads(), kind, input, *parts, w_hr, h, c)
+    given = (_isa, number, gates, H, P, _threads(), kind, input, *parts, w_hr, h, c)
+    if _profiling():
+        with torch.profiler.record_function(_profile.label("cpp", cell, "layer_forward")):
+            out = kernel(*given)
+    else:
+        out = kernel(*given)
     if out is None:
         return None
     _choice.last = "cpp"

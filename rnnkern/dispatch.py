@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from rnnkern import _cuda
+from rnnkern import _cuda, _profile
 from rnnkern._dynamo import constant
 from rnnkern.backends.base import Backend, ScanInputs
 
@@ -77,6 +77,8 @@ def backend(name: str) -> Backend:
     found = _slots[name].backend
     if found is None:
         raise RuntimeError(f"backend {name!r} cannot be loaded: {reason}")
+    if not torch.compiler.is_compiling() and _profile.active():
+        return _profile.Recorded(found)
     return found
 
 

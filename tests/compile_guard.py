@@ -22,6 +22,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -128,15 +129,26 @@ def _examine_hip(assembly: str, finding: Finding) -> None:
         finding.faults.append(f"spills: {spilled} registers")
 
 
-def launches(target: str, everything: bool, brief: bool = False) -> list[Any]:
-    """What the backend ships for a target. Kernels that differ in H alone differ in a few numbers: unless `everything`
-    is asked for, one of those is compiled that H divides by 16 and one of those that it does not. `brief`: of each
-    driver, cell and dtype one size."""
+# What to compile of what is shipped. Kernels that differ in H alone differ in a few numbers: of those, one whose H is a
+# multiple of 16 and one whose H is not stand for all others.
+EXTENTS = {
+    "all": "every kernel for every H",
+    "configurations": "every configuration of every kernel",
+    "sizes": "of each driver, cell and dtype one size",
+    "drivers": "as sizes, without float16 and rnn_relu, which differ from bfloat16 and rnn_tanh in an instruction",
+}
+
+
+def launches(target: str, extent: str) -> list[Any]:
+    """What the backend ships for a target, by a word of EXTENTS."""
     from rnnkern.backends.triton import shipped
 
-    different = {}
-    sizes = ((64, 512), (16,)) if brief else (shipped.SIZES, shipped.BATCHES)
-    for one in shipped.shipped(shipped.TARGETS[target], *sizes):
+    different, everything = {}, extent == "all"
+    asked: dict[str, Any] = {} if extent in ("all", "configurations") else {"sizes": (64, 512), "batches": (16,)}
+    if extent == "drivers":
+        dtypes = (torch.float64, torch.float32, torch.bfloat16)
+        asked |= {"cells": ("rnn_tanh", "lstm", "gru"), "dtypes": dtypes}
+    for one in shipped.shipped(shipped.TARGETS[target], **asked):
         width = None if everything else one.constexprs.get("H", 0) % 16 == 0
         constants = {k: v for k, v in one.constexprs.items() if everything or k not in ("H", "P")}
         different.setdefault((str(one.kernel), width, str(constants), str(one.signature), str(one.options)), one)
@@ -146,18 +158,18 @@ def launches(target: str, everything: bool, brief: bool = False) -> list[Any]:
 _listed: dict[tuple[Any, ...], list[Any]] = {}  # of this process
 
 
-def _one(job: tuple[int, tuple[str, bool, bool]]) -> Finding:
+def _one(job: tuple[int, tuple[str, str]]) -> Finding:
     index, asked = job
     if asked not in _listed:
         _listed[asked] = launches(*asked)
     return examine(*_listed[asked][index], target=asked[0])
 
 
-def survey(targets: Iterable[str], processes: int, everything: bool, brief: bool) -> Iterable[Finding]:
+def survey(targets: Iterable[str], processes: int, extent: str) -> Iterable[Finding]:
     """Every launch on every target, as they are done."""
     jobs = []
     for target in targets:
-        asked = (target, everything, brief)
+        asked = (target, extent)
         jobs += [(index, asked) for index in range(len(launches(*asked)))]
     # Not forked: the compiler's libraries have threads of their own.
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
@@ -167,8 +179,8 @@ def survey(targets: Iterable[str], processes: int, everything: bool, brief: bool
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("targets", nargs="*", default=list(TARGETS), help=f"of {', '.join(TARGETS)}")
-    parser.add_argument("--all", action="store_true", help="compile for every H, not only for every configuration")
-    parser.add_argument("--brief", action="store_true", help="of each driver, cell and dtype one size")
+    words = "; ".join(f"{name}: {what}" for name, what in EXTENTS.items())
+    parser.add_argument("--extent", choices=EXTENTS, default="configurations", help=words)
     parser.add_argument("--verbose", action="store_true", help="print a line for those that fit as well")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args()
@@ -176,7 +188,7 @@ def main() -> int:
     if unknown:
         parser.error(f"unknown targets {', '.join(unknown)}: expected some of {', '.join(TARGETS)}")
     count = faulty = 0
-    for finding in survey(args.targets, args.processes, args.all, args.brief):
+    for finding in survey(args.targets, args.processes, args.extent):
         count += 1
         faulty += bool(finding.faults)
         if finding.faults or args.verbose:

@@ -16,6 +16,7 @@ if any("triton_interpreted" in argument for argument in sys.argv):
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which Dynamo does
 
 import torch
+from beside import BESIDE
 from torch._dynamo import trace_rules
 from torch.utils._device import _device_constructors
 
@@ -35,6 +36,16 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
         return None
     named = (Path(config.invocation_params.dir, str(arg).partition("::")[0]).resolve() for arg in config.args)
     return None if any(path.is_relative_to(INTERPRETED) for path in named) else True
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if not session.config.option.collectonly:
+        marks = (mark for item in session.items for mark in item.iter_markers("beside"))
+        BESIDE.start(mark.args for mark in marks)
+
+
+def pytest_sessionfinish() -> None:
+    BESIDE.end()
 
 
 def absent(name: str) -> str | None:

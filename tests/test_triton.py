@@ -10,29 +10,29 @@ from pathlib import Path
 
 import pytest
 import torch
+from beside import BESIDE
 
 import rnnkern
 from rnnkern import dispatch
 
-HERE = Path(__file__).parent
+TESTS = str(Path(__file__).parent / "triton_interpreted")
+INTERPRETED = (
+    "TRITON_INTERPRET=1", "OMP_NUM_THREADS=1", "-m", "pytest", "-q", "-p", "no:cacheprovider", TESTS
+)  # fmt: skip
 MISSING = dispatch.unavailable("triton")
 needs_triton = pytest.mark.skipif(MISSING is not None, reason=f"backend triton: {MISSING}")
 
 
 @needs_triton
 @pytest.mark.slow
-@pytest.mark.timeout(1500)  # four minutes on two idle cores
+@pytest.mark.beside(*INTERPRETED)
+@pytest.mark.timeout(3600)
 def test_in_the_interpreter(capsys: pytest.CaptureFixture[str]) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "triton_interpreted")]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    environment.pop("RNNKERN_TRITON_CONFIG", None)
-    done = subprocess.run(
-        command, cwd=HERE.parent, env=environment, capture_output=True, text=True, timeout=1400, check=False
-    )
+    done = BESIDE.finished(INTERPRETED)
     closing = done.stdout.strip().rpartition("\n")[2]
     with capsys.disabled():
         print(f"\nin Triton's interpreter: {closing}")
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout
     assert " passed" in closing
 
 

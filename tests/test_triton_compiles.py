@@ -1,14 +1,15 @@
 """Every kernel that the Triton backend ships fits the GPUs it is for: compiled here, without one (compile_guard.py).
 
 RNNKERN_OLD_TRITON names a folder with another Triton in it, the oldest that is supported: then that one is tested too.
+Of kernels that differ in sizes alone one is compiled; `python tests/compile_guard.py` compiles more, for half an hour.
 """
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,28 +17,32 @@ pytest.importorskip("triton", reason="no Triton")
 
 import triton
 import triton.language as tl
+from beside import BESIDE
 from compile_guard import TARGETS, examine
 
 GUARD = Path(__file__).parent / "compile_guard.py"
 OLD = os.environ.get("RNNKERN_OLD_TRITON")
 
 
+def jobs() -> Iterator[Any]:
+    root = str(GUARD.parent.parent)
+    for version, paths in (("installed", root), ("oldest", f"{OLD}{os.pathsep}{root}")):
+        extent = "sizes" if version == "installed" else "drivers"
+        for target in TARGETS:
+            command = (f"PYTHONPATH={paths}", str(GUARD), target, "--extent", extent, "--processes", "1")
+            marks = [pytest.mark.beside(*command)]
+            if version == "oldest" and OLD is None:
+                marks = [pytest.mark.skip("RNNKERN_OLD_TRITON names no folder with Triton 3.6.0 (.ci/run makes one)")]
+            yield pytest.param(version, command, marks=marks, id=f"{version}-{target}")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("version", ["installed", "oldest"])
-@pytest.mark.timeout(1500)
-def test_everything_shipped_fits(version: str, target: str) -> None:
-    paths = [str(GUARD.parent.parent)]
-    if version == "oldest":
-        if OLD is None:
-            pytest.skip("RNNKERN_OLD_TRITON names no folder with Triton 3.6.0 (.ci/run makes one)")
-        paths.insert(0, OLD)
-    # A variable of the tests in the interpreter must not reach a process that compiles.
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": ":".join(paths)}
-    command = [sys.executable, str(GUARD), target, *(["--brief"] if version == "oldest" else [])]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1400, check=False)
+@pytest.mark.parametrize("version, command", jobs())
+@pytest.mark.timeout(3600)
+def test_what_is_shipped_fits(version: str, command: tuple[str, ...]) -> None:
+    done = BESIDE.finished(command)
     print(done.stdout)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout
     if version == "oldest":
         assert done.stdout.splitlines()[-1].startswith("Triton 3.6.")
 

@@ -41,10 +41,16 @@ class Shipped(NamedTuple):
     options: dict[str, int]
 
 
-def shipped(target: Target, sizes: Iterable[int] = SIZES, batches: Iterable[int] = BATCHES) -> Iterator[Shipped]:
-    """Each kernel once, however many scans launch it."""
+def shipped(
+    target: Target,
+    sizes: Iterable[int] = SIZES,
+    batches: Iterable[int] = BATCHES,
+    cells: Iterable[str] = tuple(STEPS),
+    dtypes: Iterable[torch.dtype] = tuple(TYPES),
+) -> Iterator[Shipped]:
+    """Each kernel once, however many scans launch it; of the table's entries all, whatever else is asked for."""
     seen = set()
-    for name, one in launches(target, sizes, batches):
+    for name, one in launches(target, cells, dtypes, sizes, batches):
         key = (one.kernel, *one.compiled_constants().items(), *one.signature().items(), *one.options.items())
         if key not in seen:
             seen.add(key)
@@ -55,8 +61,10 @@ def shipped(target: Target, sizes: Iterable[int] = SIZES, batches: Iterable[int]
     yield Shipped("advance", advance, {"table": "*i64", "count": "i32"}, {}, {})
 
 
-def launches(target: Target, sizes: Iterable[int], batches: Iterable[int]) -> Iterator[tuple[str, Launch]]:
-    for cell, dtype, H, B in product(STEPS, TYPES, sizes, batches):
+def launches(
+    target: Target, cells: Iterable[str], dtypes: Iterable[torch.dtype], sizes: Iterable[int], batches: Iterable[int]
+) -> Iterator[tuple[str, Launch]]:
+    for cell, dtype, H, B in product(cells, dtypes, sizes, batches):
         yield from _of_one(target, cell, dtype, H, B, "plain")
         if cell == "lstm" and H == 512:
             yield from _of_one(target, cell, dtype, H, B, "projected")
