@@ -1,4 +1,4 @@
-"""One layer, input projection and scan, as an autograd Function over the two ops of _ops.py.
+"""One layer, input projection and scan, as an autograd Function over the ops of _ops.py.
 
 The layer and not the scan: so the pre-activations are a temporary that no backward keeps. First derivatives run on the
 backend that ran the forward. Second ones and forward mode are one tangent pass (_tangents.py). What that does not
@@ -170,6 +170,10 @@ class Layer(torch.autograd.Function):
             stand_in = shape_only(x, x.shape[0], len(w_ih), w_ih[0].shape[0])
             out = run_forward(backend, plan.inputs(T, B, stand_in, args), x, w_ih, b_ih, plan.models)
             return out.y, *out.final, *out.seq, out.planes, out.hidden
+        if dispatch.projects(backend):
+            biases = [b for b in b_ih if b is not None]
+            scan = scan_arguments(plan.inputs(T, B, x, args))
+            return tuple(_ops.layer_forward(plan.text, backend, T, B, x, list(w_ih), biases, *scan))
         inputs = plan.inputs(T, B, project(x, w_ih, b_ih, plan.models), args)
         return tuple(_ops.scan_forward(plan.text, backend, T, B, inputs.gx, *scan_arguments(inputs)))
 
