@@ -9,13 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import VmapInterpreter, retrieve_current_functorch_interpreter
 
 from rnnkern._plan import Plan
 
 Mapped = tuple[tuple[Tensor | None, ...], tuple[int | None, ...]]
+Run = Callable[..., tuple[Tensor, ...]]  # (plan, T, B, x, *args) -> outputs
+
+_unwrap = torch._C._functorch._unwrap_batched
+_wrap = torch._C._functorch._add_batch_dim
 
 
 def sample(v: Tensor, dim: int | None, i: int) -> Tensor:
@@ -27,6 +34,36 @@ def one_by_one(run: Callable[[int], Sequence[Tensor | None]], n: int) -> Mapped:
     columns = list(zip(*(run(i) for i in range(n)), strict=True))
     values = tuple(None if c[0] is None else torch.stack([v for v in c if v is not None]) for c in columns)
     return values, tuple(None if v is None else 0 for v in values)
+
+
+def mapped(
+    run: Run, n: int, dims: Sequence[int | None], plan: Plan, T: int, B: int, tensors: Sequence[Tensor]
+) -> Mapped:
+    """What `run` gives for n samples: in one call if they fold into one."""
+    fold = Fold(n, plan, T, B, tensors, dims)
+    if fold.possible:
+        return fold.split_outputs(run(fold.plan, T, fold.B, *fold.args))
+    return one_by_one(lambda i: run(plan, T, B, *(sample(v, d, i) for v, d in zip(tensors, dims, strict=True))), n)
+
+
+def beneath_vmap(run: Run, plan: Plan, T: int, B: int, *tensors: Tensor) -> tuple[Any, ...]:
+    """run(plan, T, B, *tensors) below every vmap down to the next transform of another kind.
+
+    What torch does by a Function's own rule for vmap; it takes longer to come there than a small layer takes to run.
+    """
+    if not torch._C._are_functorch_transforms_active():
+        return run(plan, T, B, *tensors)
+    interpreter = retrieve_current_functorch_interpreter()
+    if not isinstance(interpreter, VmapInterpreter):
+        return run(plan, T, B, *tensors)
+    level = interpreter.level()
+    values, dims = zip(*(_unwrap(t, level) for t in tensors), strict=True)
+    inner = partial(beneath_vmap, run)
+    with interpreter.lower():
+        if all(dim is None for dim in dims):
+            return inner(plan, T, B, *values)
+        found, places = mapped(inner, interpreter.batch_size(), dims, plan, T, B, values)
+    return tuple(v if v is None or dim is None else _wrap(v, dim, level) for v, dim in zip(found, places, strict=True))
 
 
 class Fold:

@@ -1,4 +1,6 @@
-"""The two opaque ops of the library, and their fakes. Nothing else registers ops.
+"""The opaque ops of the library, and their fakes. Nothing else registers ops.
+
+A scan forward, a scan backward, and a layer forward, for backends that do the input projection within the scan.
 
 Opaque to torch.compile, torch.export and dispatch modes, and without derivatives of their own: those belong to the
 layer (autograd.py). Every option travels in the one string `spec` (ScanSpec.encode), so the schemas never change.
@@ -14,6 +16,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from rnnkern import dispatch
+from rnnkern._plan import shape_only
+from rnnkern._run import run_forward
 from rnnkern.backends.base import ScanInputs, ScanOutputs, ScanSpec
 from rnnkern.cells import CELLS
 
@@ -21,6 +25,10 @@ Tensors = Sequence[Tensor]
 
 _SCAN = "Tensor[] states, Tensor[] params, Tensor? offsets, Tensor? lengths, Tensor? reset, Tensor[] reset_states, "
 _FORWARD = f"(str spec, str backend, SymInt T, SymInt B, Tensor gx, {_SCAN}Tensor[] noise) -> Tensor[]"
+_LAYER = (
+    "(str spec, str backend, SymInt T, SymInt B, Tensor x, Tensor[] w_ih, Tensor[] b_ih, "
+    f"{_SCAN}Tensor[] noise) -> Tensor[]"
+)
 _BACKWARD = (
     "(str spec, str backend, SymInt T, SymInt B, Tensor[] grads, Tensor y, Tensor[] seq, Tensor planes, Tensor hidden, "
     f"{_SCAN}Tensor[] noise) -> Tensor[]"
@@ -60,15 +68,21 @@ def _inputs(
 
 def _scan_forward(spec: str, backend: str, T: int, B: int, gx: Tensor, *rest) -> list[Tensor]:  # type: ignore[no-untyped-def]
     inputs = _inputs(spec, T, B, gx, *rest)
-    out = dispatch.backend(backend).forward(inputs)
-    save, projected = inputs.spec.save, "w_hr" in inputs.spec.params
-    # The fakes promise contiguous tensors, and absent ones that alias nothing.
+    return _flat(inputs.spec, dispatch.backend(backend).forward(inputs))
+
+
+def _flat(spec: ScanSpec, out: ScanOutputs) -> list[Tensor]:
+    """As the fakes promise them: contiguous, and absent ones alias nothing."""
+    save, y = spec.save, out.y.contiguous()
+    planes = out.planes
+    if save == "all" and planes.dim() == 1:  # a backend's layer_forward leaves out a plane that is the output
+        planes = y.unsqueeze(2).clone()
     return [
-        out.y.contiguous(),
+        y,
         *(final.contiguous() for final in out.final),
         *(seq.contiguous() if save != "none" else seq.new_empty(0) for seq in out.seq),
-        out.planes.contiguous() if save == "all" else gx.new_empty(0),
-        out.hidden.contiguous() if projected and save != "none" else gx.new_empty(0),
+        planes.contiguous() if save == "all" else y.new_empty(0),
+        out.hidden.contiguous() if "w_hr" in spec.params and save != "none" else y.new_empty(0),
     ]
 
 
@@ -84,6 +98,20 @@ def _scan_forward_fake(spec: str, backend: str, T: int, B: int, gx: Tensor, stat
         gx.new_empty((S, N, len(cell.planes), H) if save == "all" else 0),
         gx.new_empty((S, N, H) if projected and save != "none" else 0),
     ]
+
+
+def _layer_forward(  # type: ignore[no-untyped-def]
+    spec: str, backend: str, T: int, B: int, x: Tensor, w_ih: Tensors, b_ih: Tensors, *rest
+) -> list[Tensor]:
+    inputs = _inputs(spec, T, B, shape_only(x, x.shape[0], len(w_ih), w_ih[0].shape[0]), *rest)
+    biases = tuple(b_ih) or (None,) * len(w_ih)
+    return _flat(inputs.spec, run_forward(backend, inputs, x, tuple(w_ih), biases, x.shape[1]))
+
+
+def _layer_forward_fake(  # type: ignore[no-untyped-def]
+    spec: str, backend: str, T: int, B: int, x: Tensor, w_ih: Tensors, b_ih: Tensors, *rest
+) -> list[Tensor]:
+    return _scan_forward_fake(spec, backend, T, B, shape_only(x, x.shape[0], len(w_ih), w_ih[0].shape[0]), *rest)
 
 
 def _scan_backward(  # type: ignore[no-untyped-def]
@@ -169,15 +197,19 @@ class _NoGradient(torch.autograd.Function):
         )
 
 
-def _for_autograd(op: torch._ops.OpOverload) -> Callable[..., Tensors]:
+def _for_autograd(op: torch._ops.OpOverload, run: Callable[..., Tensors]) -> Callable[..., Tensors]:
     """The op's kernel where autograd is: torch's own for ops without a derivative would only warn, and give none."""
+    lists = {i for i, argument in enumerate(op._schema.arguments) if isinstance(argument.type, torch.ListType)}
 
     def kernel(keys: torch._C.DispatchKeySet, *arguments: Any) -> Tensors:
         # What AOTInductor packages gives None for an empty list.
-        arguments = (*arguments[:-2], *(v or [] for v in arguments[-2:]))
+        arguments = tuple([] if v is None and i in lists else v for i, v in enumerate(arguments))
+        last = (keys & torch._C._after_ADInplaceOrView_keyset).highestPriorityTypeId() in _DEVICES
 
         def below() -> Tensors:
             with torch._C._AutoDispatchBelowAutograd():
+                if last:  # torch would only take the arguments apart and come back
+                    return run(*arguments)
                 return op.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
 
         if torch.is_grad_enabled():
@@ -189,16 +221,19 @@ def _for_autograd(op: torch._ops.OpOverload) -> Callable[..., Tensors]:
     return kernel
 
 
+_DEVICES = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
 _LIBRARY = torch.library.Library("rnnkern", "DEF")
 for _name, _schema, _run, _fake in (
     ("scan_forward", _FORWARD, _scan_forward, _scan_forward_fake),
+    ("layer_forward", _LAYER, _layer_forward, _layer_forward_fake),
     ("scan_backward", _BACKWARD, _scan_backward, _scan_backward_fake),
 ):
     _LIBRARY.define(_name + _schema)
     _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")  # any device: the reference is torch operations
     torch.library.register_fake(f"rnnkern::{_name}", _fake, lib=_LIBRARY)
+    _op = getattr(torch.ops.rnnkern, _name).default
+    _LIBRARY.impl(_name, _for_autograd(_op, _run), "Autograd", with_keyset=True)
 
 scan_forward = torch.ops.rnnkern.scan_forward.default
+layer_forward = torch.ops.rnnkern.layer_forward.default
 scan_backward = torch.ops.rnnkern.scan_backward.default
-for _op in (scan_forward, scan_backward):
-    _LIBRARY.impl(_op._schema.name, _for_autograd(_op), "Autograd", with_keyset=True)

@@ -1,4 +1,4 @@
-"""One layer, input projection and scan, as an autograd Function over the two ops of _ops.py.
+"""One layer, input projection and scan, as an autograd Function over the ops of _ops.py.
 
 The layer and not the scan: so the pre-activations are a temporary that no backward keeps. First derivatives run on the
 backend that ran the forward. Second ones and forward mode are one tangent pass (_tangents.py). What that does not
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rnnkern import _ops, dispatch
 from rnnkern._backward import LayerBackward, gradients_in_torch, tangents_of
-from rnnkern._fold import Fold, Mapped, one_by_one, sample
+from rnnkern._fold import Mapped, beneath_vmap, mapped
 from rnnkern._plan import Plan, cached_plan, make_plan, shape_only
 from rnnkern._run import (
     forward_levels,
@@ -145,11 +145,14 @@ def layer(
     if (compiling and transformed_in_a_trace()) or (transformed and forward_levels() > 1):
         out = run_reference(plan, T, B, x, tuple(tensors[1:]))[1]
         return out.y, out.final, out.seq if keep_states else ()
-    if compiling:  # without a gradient Dynamo takes a forward with *args for one that wants a context
-        run = Layer.apply if graded else Layer.forward
+    if transformed:
+        outputs = beneath_vmap(partial(_below, graded, backend), plan, T, B, *tensors)
     else:
-        run = _apply if direct else LayerWithTangents.apply
-    outputs = run(plan, backend, direct, T, B, *tensors)
+        if compiling:  # without a gradient Dynamo takes a forward with *args for one that wants a context
+            run = Layer.apply if graded else Layer.forward
+        else:
+            run = _apply if direct else LayerWithTangents.apply
+        outputs = run(plan, backend, direct, T, B, *tensors)
     return outputs[0], outputs[1 : 1 + K], outputs[1 + K : 2 * K] if keep_states else ()
 
 
@@ -167,6 +170,10 @@ class Layer(torch.autograd.Function):
             stand_in = shape_only(x, x.shape[0], len(w_ih), w_ih[0].shape[0])
             out = run_forward(backend, plan.inputs(T, B, stand_in, args), x, w_ih, b_ih, plan.models)
             return out.y, *out.final, *out.seq, out.planes, out.hidden
+        if dispatch.projects(backend):
+            biases = [b for b in b_ih if b is not None]
+            scan = scan_arguments(plan.inputs(T, B, x, args))
+            return tuple(_ops.layer_forward(plan.text, backend, T, B, x, list(w_ih), biases, *scan))
         inputs = plan.inputs(T, B, project(x, w_ih, b_ih, plan.models), args)
         return tuple(_ops.scan_forward(plan.text, backend, T, B, inputs.gx, *scan_arguments(inputs)))
 
@@ -219,16 +226,11 @@ class Layer(torch.autograd.Function):
         info: Any, in_dims: tuple[Any, ...], plan: Plan, backend: str, direct: bool, T: int, B: int, *tensors: Tensor
     ) -> Mapped:
         function = Layer if torch.compiler.is_compiling() else LayerWithTangents
-        n, dims = info.batch_size, in_dims[5:]
-        fold = Fold(n, plan, T, B, tensors, dims)
-        if not fold.possible:
-            return one_by_one(
-                lambda i: function.apply(
-                    plan, backend, False, T, B, *(sample(v, d, i) for v, d in zip(tensors, dims, strict=True))
-                ),
-                n,
-            )
-        return fold.split_outputs(function.apply(fold.plan, backend, False, T, fold.B, *fold.args))
+
+        def run(plan: Plan, T: int, B: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+            return function.apply(plan, backend, False, T, B, *tensors)
+
+        return mapped(run, info.batch_size, in_dims[5:], plan, T, B, tensors)
 
 
 class LayerWithTangents(Layer):
@@ -269,3 +271,10 @@ class LayerWithTangents(Layer):
 # Function.apply without the inspection of forward's signature that it makes at every call, for defaults that are not
 # there. With no transform active, and no tensor left from one, that is all it adds.
 _apply = super(torch.autograd.Function, LayerWithTangents).apply
+
+
+def _below(graded: bool, backend: str, plan: Plan, T: int, B: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The layer below vmap: where nothing else is either, as a plain call."""
+    plain = unwatched() and not any(map(_wrapped, tensors))
+    run = LayerWithTangents.apply if not plain else _apply if graded else Layer.forward
+    return run(plan, backend, False, T, B, *tensors)

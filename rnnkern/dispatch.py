@@ -82,6 +82,12 @@ def backend(name: str) -> Backend:
     return found
 
 
+@constant  # a trace needs the answer, not the backend
+def projects(name: str) -> bool:
+    """Whether that scan backend can do the input projection as well, with its `layer_forward`."""
+    return hasattr(backend(name), "layer_forward")
+
+
 def backends() -> dict[str, str | None]:
     """Every backend that this version has, in order of preference, with the reason why it cannot be loaded or None."""
     return {name: unavailable(name) for name in NAMES}

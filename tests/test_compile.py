@@ -10,11 +10,13 @@ import torch
 from stacks import CELLS, KINDS, flat, gradients, pair
 from tolerance import check, check_grad
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import grad, jacrev, jvp, vmap
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import rnnkern
+from rnnkern import _ops
 
 FUNCTIONS = {"RNN": "rnn_tanh", "RNN relu": "rnn_relu", "GRU": "gru", "LSTM": "lstm", "LSTM proj": "lstm"}
 SIZES = ((7, 4), (11, 6), (13, 5), (9, 10))  # no two sizes equal, or Dynamo would take them for one
@@ -60,6 +62,29 @@ def test_functions_are_one_graph(kind: str, dynamic: bool | None) -> None:
         x = torch.randn(T, B, 3, dtype=D, requires_grad=True)
         same(compiled(x, weights), run(x, weights), [x, *weights], f"{T=} {B=}")
     assert counter.frame_count == (1 if dynamic else 2)
+
+
+@pytest.mark.skipif(bool(rnnkern.backends()["cpp"]), reason="the C++ extension is what makes the input product itself")
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_input_product_is_left_to_the_backend(kind: str, gradient: bool) -> None:
+    """No product in the forward's graph, and so the same bits as without a graph."""
+    module, graphs = pair(kind, 3, 5, bidirectional=True).ours, []
+    function, weights = getattr(rnnkern.functional, FUNCTIONS[kind]), list(module.parameters())
+
+    def keep(graph: torch.fx.GraphModule, _: Any) -> torch.fx.GraphModule:
+        graphs.append({node.target for node in graph.graph.nodes})
+        return graph
+
+    def run(x: Tensor) -> list[Tensor]:
+        return flat(function(x, None, weights, bidirectional=True))
+
+    compiled = torch.compile(run, fullgraph=True, backend=aot_autograd(fw_compiler=keep, inference_compiler=keep))
+    x = torch.randn(7, 4, 3, dtype=D)
+    with torch.set_grad_enabled(gradient):
+        assert all(map(torch.equal, compiled(x), run(x)))
+    aten = torch.ops.aten
+    assert _ops.layer_forward in graphs[0] and not graphs[0] & {aten.mm.default, aten.addmm.default}
 
 
 class Tagger(nn.Module):

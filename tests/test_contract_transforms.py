@@ -11,6 +11,7 @@ from tolerance import check, check_grad
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
+from rnnkern import autograd
 from rnnkern.cells import CELLS
 
 
@@ -157,6 +158,74 @@ def test_vmap(name, which, backend):
     ours = vmap(run, dims)(*tensors)
     truth = each(run, tensors, dims)
     check(list(ours), truth, truth, f"{name} {which}")
+
+
+def by_the_rule_for_functions(monkeypatch):
+    """What torch would do: bring the Function itself through vmap."""
+    monkeypatch.setattr(autograd, "beneath_vmap", lambda run, *arguments: run(*arguments))
+
+
+def not_by_the_rule_for_functions(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("the rule for functions")
+
+    monkeypatch.setattr(autograd.LayerWithTangents, "vmap", refuse)
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("which", ["inputs", "weights", "both"])
+@pytest.mark.parametrize("name", CALLS)
+def test_vmap_alone_needs_no_rule_for_functions(name, which, gradient, monkeypatch):
+    """One vmap and one within another, with a gradient to come outside of them and without: the same bits."""
+    call = CALLS[name]()
+    tensors, dims = batched(call, which)
+    twice = [t if d is None else torch.stack((t, t + 0.1)) for t, d in zip(tensors, dims, strict=True)]
+    run = vmap(lambda *v: call.with_tensors(*v).run(), dims)
+
+    def results():
+        found = []
+        for f, values in ((run, tensors), (vmap(run, dims), twice)):
+            values = [t.clone().requires_grad_(gradient) for t in values]
+            outputs = f(*values)
+            assert all(o.requires_grad == gradient for o in outputs)
+            found += [*outputs, *(gradients(outputs, values) if gradient else ())]
+        return found
+
+    with monkeypatch.context() as patch:
+        not_by_the_rule_for_functions(patch)
+        ours = results()
+    by_the_rule_for_functions(monkeypatch)
+    assert all(map(torch.equal, ours, results()))
+
+
+def test_vmap_among_other_transforms(monkeypatch):
+    """Where the rule is left out and where it is not: forward mode outside, grad outside, a leaked tensor within."""
+    call, leaked = random_call("gru").detached(), []
+    xs, w = torch.randn(3, *call.x.shape, dtype=D), call.groups[0].w_ih
+    grad(lambda x: (leaked.append(x * 1), x.sum())[1])(call.states[0])
+
+    def run(x, w=w, state=call.states[0]):
+        groups = (call.groups[0]._replace(w_ih=w), *call.groups[1:])
+        return replace(call, x=x, groups=groups, states=(state,)).run()
+
+    def dual():
+        with forward_ad.dual_level():
+            outputs = vmap(run)(forward_ad.make_dual(xs, torch.cos(xs)))
+            return [t.clone() for o in outputs for t in forward_ad.unpack_dual(o)]
+
+    cases = {
+        "forward mode": dual,
+        "a gradient outside": lambda: [grad(lambda w: loss(vmap(lambda x: run(x, w))(xs)))(w)],
+        "a gradient between": lambda: [vmap(grad(lambda w: loss(vmap(lambda x: run(x, w))(xs))))(torch.stack((w, -w)))],
+        "jvp outside": lambda: jvp(vmap(run), (xs,), (torch.cos(xs),))[1],
+        "leaked": lambda: vmap(lambda x: run(x, state=leaked[0]))(xs),
+        "nothing of the call is mapped": lambda: vmap(lambda k: run(xs[0])[0] * k)(torch.arange(3)),
+    }
+    ours = {name: case() for name, case in cases.items()}
+    by_the_rule_for_functions(monkeypatch)
+    for name, case in cases.items():
+        truth = case()
+        assert len(ours[name]) == len(truth) and all(map(torch.equal, ours[name], truth)), name
 
 
 @pytest.mark.parametrize("which", ["inputs", "weights", "both"])

@@ -1,4 +1,4 @@
-"""The two ops: schema, fakes, and what torch.compile makes of a layer built on them."""
+"""The ops: schema, fakes, and what torch.compile makes of a layer built on them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rnnkern import _ops
+from rnnkern import _ops, dispatch
 from rnnkern.backends.base import ScanSpec
 from rnnkern.cells import CELLS
 
@@ -26,6 +26,12 @@ def forward_arguments(call, backend, save="all"):
     params = [p for group in i.params for p in group]
     rest = (i.offsets, i.lengths, i.reset, list(i.reset_states), list(i.noise))
     return (i.spec.encode(), backend, i.T, i.B, i.gx, list(i.states), params, *rest)
+
+
+def layer_arguments(call, backend, save="all"):
+    spec, name, T, B, _, *scan = forward_arguments(call, backend, save)
+    groups = call.detached().groups
+    return (spec, name, T, B, call.x.detach(), [g.w_ih for g in groups], [g.b_ih for g in groups], *scan)
 
 
 def backward_arguments(call, backend, dseq=True):
@@ -61,11 +67,12 @@ def test_opcheck(cell, P, kind, backend):
     """Schema (nothing modified, nothing aliased), fakes, registration, and tracing with dynamic shapes."""
     call = calls(cell, P)[kind].skip_if_refused(backend)
     opcheck(_ops.scan_backward, backward_arguments(call, backend), test_utils=FAST if kind == "everything" else ALL)
-    for save in ("states", "none"):
-        opcheck(_ops.scan_forward, forward_arguments(call, backend, save), test_utils=FAST)
     # Planes past a length are whatever was there, and two runs compared would differ in them.
     undefined = call.lengths is not None and call.offsets is None
-    opcheck(_ops.scan_forward, forward_arguments(call, backend), test_utils=FAST if undefined else ALL)
+    for op, arguments in ((_ops.scan_forward, forward_arguments), (_ops.layer_forward, layer_arguments)):
+        for save in ("states", "none"):
+            opcheck(op, arguments(call, backend, save), test_utils=FAST)
+        opcheck(op, arguments(call, backend), test_utils=FAST if undefined else ALL)
     opcheck(_ops.scan_backward, backward_arguments(call, backend, dseq=False), test_utils="test_faketensor")
 
 
@@ -89,6 +96,23 @@ def test_spec_text_goes_there_and_back():
     assert ScanSpec.decode(bare.encode()) == bare
 
 
+@pytest.mark.parametrize("save", ["none", "states", "all"])
+@pytest.mark.parametrize("cell, P", PROJECTED)
+def test_layer_op_is_projection_and_scan(cell, P, save, backend):
+    call = random_call(cell, P=P).skip_if_refused(backend)
+    ours = _ops.layer_forward(*layer_arguments(call, backend, save))
+    truth = _ops.scan_forward(*forward_arguments(call, backend, save))
+    assert [o.shape for o in ours] == [o.shape for o in truth]
+    check(ours, truth, truth, f"{cell} {save}")
+    bare = list(layer_arguments(call, backend, save))
+    bare[6] = []  # no bias in the projection
+    x, w_ih = bare[4:6]
+    forward = list(forward_arguments(call, backend, save))
+    forward[4] = torch.stack([x[:, 0] @ w.t() for w in w_ih], 1)
+    truth = _ops.scan_forward(*forward)
+    check(_ops.layer_forward(*bare), truth, truth, f"{cell} {save}, no bias")
+
+
 class Seen(TorchDispatchMode):
     def __init__(self):
         super().__init__()
@@ -99,13 +123,17 @@ class Seen(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def _forward(backend):
+    return _ops.layer_forward if dispatch.projects(backend) else _ops.scan_forward
+
+
 def test_dispatch_modes_see_the_ops(backend):
     """A plain call goes to the backend without an op; whoever watches ops must see ours."""
     call = random_call("gru").skip_if_refused(backend)
     with Seen() as seen:
         outputs = call.run(backend)
         found = gradients(outputs, call.tensors)
-    assert _ops.scan_forward in seen.ops and _ops.scan_backward in seen.ops
+    assert _forward(backend) in seen.ops and _ops.scan_backward in seen.ops
     direct = call.run(backend)
     check(list(outputs), list(direct), list(direct), "outputs")
     expected = gradients(direct, call.tensors)
