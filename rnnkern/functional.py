@@ -269,11 +269,15 @@ def run(
     x = (input.transpose(0, 1) if batch_first else input).reshape(-1, I)
     if reset is not None:
         reset = _layouts.boundaries(reset.t() if batch_first else reset, D, batch_sizes, lengths)
-    offsets = None
+    offsets, packing, steps = None, None, T
     if batch_sizes is not None:
         offsets, lengths = _layouts.packed(batch_sizes, B, input.device)
+    elif lengths is not None and _layouts.worth_packing(input, lengths):
+        packing = _layouts.Packing(lengths, T)
+        offsets, lengths, steps = packing.offsets, packing.lengths, packing.steps
+        x, hx, reset, reset_state = packing.put(x, hx, reset, reset_state)
     arguments = (
-        cell, x, hx, params, per, bias, num_layers, dropout if training else 0.0, D, T, sizes,
+        cell, x, hx, params, per, bias, num_layers, dropout if training else 0.0, D, steps, sizes,
         offsets, lengths, reset, reset_state, return_states, backend, memory,
     )  # fmt: skip
     if low is not None:
@@ -281,6 +285,8 @@ def run(
             y, final, states = stack(*arguments)
     else:
         y, final, states = stack(*arguments)
+    if packing is not None:
+        y, final, states = packing.take(y, final, states)
     if two and final[1].dtype != dtypes[1]:
         final = (final[0], final[1].to(dtypes[1]))
 
