@@ -117,6 +117,8 @@ def backward_in_segments(
     add, dx = dx is not None, torch.empty_like(x) if dx is None and wanted[0] else dx
     total: list[Tensor | None] = [None] * len(wanted)
     state_at, weight_at = 1 + plan.first_state, 1 + plan.first_weight
+    summed = [*range(state_at + K, state_at + K + plan.resets), *range(weight_at, len(wanted))]
+    wide = accumulation_dtype(x.dtype)  # many small terms would be lost in a sum of 16 bits
     for segment in reversed(segments):
         inputs, kept = scan_of(segment)
         rows = segment.rows
@@ -125,11 +127,19 @@ def backward_in_segments(
         dfinal = grads.dstates
         found = layer_gradients(plan, inputs, x[rows], w_ih, kept.y, kept.hidden, grads, wanted, in_place=True)
         if dx is not None and found[0] is not None:
-            dx[rows] = dx[rows].add_(found[0]) if add else found[0]
+            if add:
+                dx[rows].add_(found[0])
+            else:
+                dx[rows] = found[0]
         total[state_at : state_at + K] = found[state_at : state_at + K]
-        for at in (*range(state_at + K, state_at + K + plan.resets), *range(weight_at, len(wanted))):
+        for at in summed:
             new, sum_so_far = found[at], total[at]
-            total[at] = new if sum_so_far is None or new is None else sum_so_far.add_(new)
+            if new is not None:
+                total[at] = new.to(wide) if sum_so_far is None else sum_so_far.add_(new)
+        dtypes = [None if v is None else v.dtype for v in found]
         del grads, found, inputs, kept  # before the next segment's are made
+    for at in summed:
+        whole = total[at]
+        total[at] = None if whole is None else whole.to(dtypes[at])
     total[0] = dx
     return total
