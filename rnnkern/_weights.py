@@ -99,7 +99,7 @@ class Entering:
         if inputs.reset is not None and inputs.reset_states:
             restart = self.per_row(inputs.reset_states[0][n], n)
             h = torch.where(inputs.reset[:, n].unsqueeze(-1), restart, h)
-        elif inputs.reset is not None and self.in_place:  # `shifted` is a copy, and few of its rows are meant
+        elif inputs.reset is not None and self.in_place and h.is_cpu:  # a copy of y, of which few rows are meant
             h.index_fill_(0, inputs.reset[:, n].nonzero().flatten(), 0)
         elif inputs.reset is not None:
             h = h.masked_fill(inputs.reset[:, n].unsqueeze(-1), 0)
