@@ -13,6 +13,7 @@ from torch import Tensor
 # training: forward and backward with the gradients of x and of every parameter. penalty: those of the squared norm of
 # the gradient of x, which are second derivatives.
 MODES = ("inference", "training", "penalty")
+RAGGED = ("packed", "lengths")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EPS = {name: torch.finfo(dtype).eps for name, dtype in DTYPES.items()}
 
@@ -26,7 +27,8 @@ class Shape:
     H: int
     layers: int = 1
     directions: int = 1
-    # "dense" | "packed" | "resets": the state starts anew in 3 % of the steps | "cell": one call of a cell's module
+    # "dense" | "packed" | "lengths": the same padded | "resets": the state starts anew in 3 % of the steps | "states":
+    # all returned | "recompute": memory="recompute" | "cell": one call of a cell's module
     layout: str = "dense"
 
     @property
@@ -41,7 +43,7 @@ class Shape:
         return "-".join(parts)
 
     def lengths(self) -> Tensor:
-        """The lengths of a packed shape, in no order; the same at every run."""
+        """The lengths of a packed or padded shape, in no order; the same at every run."""
         return torch.randint(1, self.T + 1, (self.B,), generator=torch.Generator().manual_seed(1))
 
     def resets(self) -> Tensor:
@@ -50,12 +52,17 @@ class Shape:
 
     @property
     def steps(self) -> int:
-        return int(self.lengths().max()) if self.layout == "packed" else self.T
+        return int(self.lengths().max()) if self.layout in RAGGED else self.T
 
     @property
     def rows(self) -> int:
         """Rows of (time, batch) that are computed: padding is none."""
-        return int(self.lengths().sum()) if self.layout == "packed" else self.T * self.B
+        return int(self.lengths().sum()) if self.layout in RAGGED else self.T * self.B
+
+    @property
+    def plain(self) -> Shape:
+        """The dense call with as many rows."""
+        return replace(self, T=self.rows // self.B, layout="dense")
 
 
 @dataclass(frozen=True)
@@ -107,6 +114,12 @@ CPU = (
     PACKED,
 )
 SECOND = (Shape(50, 16, 128),)
+# What torch.nn has no argument for, beside the same call without it.
+OPTIONS = (
+    *(Shape(*sizes, layout=layout) for sizes in ((128, 8, 64), (200, 32, 256)) for layout in ("resets", "states")),
+    *(Shape(200, 32, H, layout="lengths") for H in (64, 256)),
+)
+LONG = (Shape(4096, 16, 128, layout="recompute"),)
 QUICK = (Shape(1, 1, 128), Shape(50, 1, 128), Shape(50, 16, 128), Shape(100, 16, 256))
 # Most telling first: a run may end early.
 GPU = (
@@ -143,6 +156,8 @@ SUITES: dict[str, Suite] = {
     "table": Suite(TABLE, ("fp32", "bf16"), HERE),
     "cpu": Suite(CPU, ("fp32", "bf16"), EVERY),
     "second": Suite(SECOND, ("fp32",), ("torch.nn",), modes=("penalty",)),
+    "options": Suite(OPTIONS, ("fp32",), ("rnnkern-plain",)),
+    "long": Suite(LONG, ("fp32",), ("torch.nn", "rnnkern-plain"), modes=("training",)),
     "gpu": Suite(
         GPU,
         ("fp16", "fp32", "bf16"),

@@ -80,6 +80,16 @@ FLOORS = (
     Floor("second derivatives, LSTM", _where(cell="lstm", mode="penalty", **DENSE), 0.91),
     Floor("packed, all cells, inference", _where(layout="packed", mode="inference"), 1.6),
     Floor("packed, all cells, training", _where(layout="packed", mode="training"), 2.5),
+    Floor("resets, beside the call without", _where(layout="resets", peer="rnnkern-plain"), 1 / 1.05),
+    Floor("lengths=, time per row beside a dense call", _where(layout="lengths", peer="rnnkern-plain"), 1 / 1.1),
+    Floor("return_states, beside the call without", _where(layout="states", peer="rnnkern-plain"), 1 / 1.05),
+    Floor("memory=recompute, time", _where(layout="recompute", peer="torch.nn"), 1 / 1.5),
+    Floor(
+        "memory=recompute, torch's peak memory over ours",
+        _has("peak_bytes", _where(layout="recompute", peer="torch.nn")),
+        4.0,
+        value=memory,
+    ),
     *(Floor(f"bf16 against torch's bf16, {mode}", _where(dtype="bf16", mode=mode), 1.0) for mode in BOTH),
     *(
         Floor(

@@ -114,6 +114,14 @@ def ours_fp32(problem: Problem, threads: int) -> Side:
     return module_side("rnnkern-fp32", rnnkern, problem, torch.float32)
 
 
+def ours_plain(problem: Problem, threads: int) -> Side:
+    """The dense call with as many rows and without the option that the case is about: what that option costs."""
+    import rnnkern
+
+    case = replace(problem.case, shape=problem.case.shape.plain)
+    return module_side("rnnkern-plain", rnnkern, Problem.of(case), DTYPES[case.dtype])
+
+
 def onnxruntime(problem: Problem, threads: int) -> Side:
     """Inference in fp32: it offers no other recurrent layers on a CPU. It packs its weights when it loads them."""
     runtime, model = imported("onnxruntime"), onnx_model(problem)
@@ -202,6 +210,7 @@ def _compiled(name: str, problem: Problem, module: torch.nn.Module, compiled: An
 PEERS: dict[str, Callable[[Problem, int], Side]] = {
     "torch.nn": torch_nn,
     "rnnkern-fp32": ours_fp32,
+    "rnnkern-plain": ours_plain,
     "onnxruntime": onnxruntime,
     "openvino": openvino,
     "torch.compile": compiled_module,
@@ -221,6 +230,8 @@ def has(peer: str, case: Case) -> bool:
         return inference and case.device == "cpu"
     if peer == "rnnkern-fp32":
         return case.dtype != "fp32"
+    if peer == "rnnkern-plain":
+        return shape != shape.plain
     if peer in ("torch.compile", "compiled-loop"):
         # A loop of more steps takes minutes to compile, and the ratio tells nothing new.
         plain = shape.layout == "dense" and shape.layers * shape.directions == 1

@@ -74,18 +74,34 @@ def build(library: Any, case: Case) -> torch.nn.Module:
     shape, cls = case.shape, getattr(library, module_name(case.cell, case.shape.layout))
     if shape.layout == "cell":
         return cls(shape.H, shape.H)
-    return cls(shape.H, shape.H, num_layers=shape.layers, bidirectional=shape.directions == 2)
+    memory = {"memory": "recompute"} if shape.layout == "recompute" and library is not torch.nn else {}
+    return cls(shape.H, shape.H, num_layers=shape.layers, bidirectional=shape.directions == 2, **memory)
 
 
 def module_side(name: str, library: Any, problem: Problem, dtype: torch.dtype) -> Side:
     """A side that calls a module of `library`, on the problem's data in `dtype`."""
     module = build(library, problem.case).to(problem.case.device, dtype)
     module.load_state_dict(problem.weights)
-    called: Callable[..., Any] = module
-    if problem.case.shape.layout == "resets":
-        reset = problem.case.shape.resets()
-        called = Segments(module, reset) if library is torch.nn else partial(module, reset=reset.to(problem.x.device))
-    return side_of(name, module, problem, dtype, called)
+    return side_of(name, module, problem, dtype, _called(module, library, problem))
+
+
+def _called(module: torch.nn.Module, library: Any, problem: Problem) -> Callable[..., Any]:
+    """The module with the arguments of the case's layout, or for torch.nn, which lacks them, what gives the same."""
+    shape, on = problem.case.shape, problem.x.device
+    if shape.layout == "resets":
+        reset = shape.resets()
+        return Segments(module, reset) if library is torch.nn else partial(module, reset=reset.to(on))
+    if shape.layout == "lengths":
+        lengths = shape.lengths()
+        return partial(padded, module, lengths) if library is torch.nn else partial(module, lengths=lengths.to(on))
+    if shape.layout == "states" and library is not torch.nn:
+        return lambda x: module(x, return_states=True)[:2]
+    return module
+
+
+def padded(module: torch.nn.Module, lengths: Tensor, x: Tensor) -> tuple[Tensor, Any]:
+    y, final = module(pack_padded_sequence(x, lengths, enforce_sorted=False))
+    return pad_packed_sequence(y)[0], final
 
 
 class Segments:

@@ -16,7 +16,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run by its path
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.cases import MODES
+from benchmarks.cases import MODES, RAGGED
 from benchmarks.floors import FLOORS, geometric_mean, verdict
 from benchmarks.machine import ROOT
 from benchmarks.results import RESULTS, Row, arithmetic, key, newest, read
@@ -32,6 +32,7 @@ PEERS = {  # in the order of the tables
     "flashrnn": "FlashRNN",
     "haste": "Haste",
     "rnnkern-fp32": "rnnkern's own fp32",
+    "rnnkern-plain": "rnnkern's own call without the option, of as many rows",
 }
 
 
@@ -102,24 +103,26 @@ def group(row: Row) -> str:
     """Cases that one geometric mean is taken over."""
     if row["T"] == 1:
         return "one step"
-    if row["layout"] in ("packed", "resets"):
+    if row["layout"] not in ("dense", "cell"):
         return row["layout"]
     if row["layers"] * row["directions"] > 1:
         return "stacks"
     return "B = 1" if row["B"] == 1 else "B > 1"
 
 
-GROUPS = ("one step", "B = 1", "B > 1", "stacks", "packed", "resets")
+GROUPS = ("one step", "B = 1", "B > 1", "stacks", "packed", "lengths", "resets", "states", "recompute")
 
 
 def _shape(row: Row) -> str:
     sizes = f"B={row['B']}, H={row['H']}"
     if row["layout"] == "cell":
         return f"a cell, {sizes}"
-    if row["layout"] == "packed":
-        return f"packed, lengths 1 to {row['T']}, {sizes}"
+    if row["layout"] in RAGGED:
+        return f"{'packed' if row['layout'] == 'packed' else 'padded'}, lengths 1 to {row['T']}, {sizes}"
     if row["layout"] == "resets":
         return f"T={row['T']}, {sizes}, anew in 3 % of the steps"
+    if row["layout"] in ("states", "recompute"):
+        return f"T={row['T']}, {sizes}, {'return_states' if row['layout'] == 'states' else 'memory=recompute'}"
     stack = f", {row['layers']} layers" if row["layers"] > 1 else ""
     return f"T={row['T']}, {sizes}{stack}{', bidirectional' if row['directions'] == 2 else ''}"
 
@@ -159,8 +162,9 @@ def section(rows: list[Row]) -> list[str]:
 
 
 def memory(rows: list[Row]) -> list[str]:
+    saving = [row for row in rows if row["layout"] != "recompute"]
     ratios = [
-        row["peak_bytes"] / row["peer_peak_bytes"] for row in rows if row["peer"] == "torch.nn" and row["peak_bytes"]
+        row["peak_bytes"] / row["peer_peak_bytes"] for row in saving if row["peer"] == "torch.nn" and row["peak_bytes"]
     ]
     if not ratios:
         return []

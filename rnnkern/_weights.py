@@ -96,9 +96,13 @@ class Entering:
     def __call__(self, n: int) -> Tensor:
         """`shifted` with resets and recurrent dropout applied."""
         inputs, spec, h = self.inputs, self.inputs.spec, self.shifted(n)
-        if inputs.reset is not None:
-            restart = self.per_row(inputs.reset_states[0][n], n) if inputs.reset_states else 0
+        if inputs.reset is not None and inputs.reset_states:
+            restart = self.per_row(inputs.reset_states[0][n], n)
             h = torch.where(inputs.reset[:, n].unsqueeze(-1), restart, h)
+        elif inputs.reset is not None and self.in_place and h.is_cpu:  # a copy of y, of which few rows are meant
+            h.index_fill_(0, inputs.reset[:, n].nonzero().flatten(), 0)
+        elif inputs.reset is not None:
+            h = h.masked_fill(inputs.reset[:, n].unsqueeze(-1), 0)
         for name, scale, mask in zip(spec.noise, spec.scales, inputs.noise, strict=True):
             if name == "h":
                 h = h * self.per_row(mask[n], n).to(h.dtype) * scale

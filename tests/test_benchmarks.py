@@ -132,6 +132,17 @@ def test_a_case_with_resets_is_the_loop_that_starts_anew(cell: str) -> None:
         torch.testing.assert_close(state[None], prepared.truth[name])
 
 
+@pytest.mark.parametrize("layout", ["resets", "lengths", "states", "recompute"])
+@pytest.mark.parametrize("mode", ["inference", "training"])
+def test_an_option_is_measured_beside_the_call_without(layout: str, mode: str) -> None:
+    case = Case("lstm", Shape(12, 3, 4, layout=layout), mode, "fp32")
+    prepared = Prepared.of(case, torch.get_num_threads())  # rnnkern agrees with torch.nn
+    plain = prepared.peer("rnnkern-plain")
+    rows = case.shape.rows // 3
+    assert plain.results()["y"].shape == (rows, 3, 4) and (layout == "lengths") == (rows < 12)
+    assert has("rnnkern-plain", case) and not has("rnnkern-plain", Case("lstm", Shape(12, 3, 4), mode, "fp32"))
+
+
 @pytest.mark.parametrize("peer", ["torchrl", "flashrnn", "haste"])
 def test_peers_for_gpus_say_why_they_cannot(peer: str) -> None:
     missing = {"torchrl": "torchrl", "flashrnn": "flashrnn", "haste": "haste_pytorch"}[peer]

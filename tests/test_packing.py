@@ -1,0 +1,102 @@
+"""Padded calls with a gradient to come run as packed ones: nothing is computed of padding, and nothing else changes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from stacks import KINDS, draw, flat, gradients, pair
+from tolerance import check, check_grad
+from torch import Tensor
+
+from rnnkern import _layouts, functional
+
+T, B = 6, 4
+LENGTHS = torch.tensor([3, 0, 6, 5])
+
+
+def states_of(module: Any) -> Any:
+    widths = [module.proj_size or 6, *([6] if module.mode == "LSTM" else [])]
+    leaves = [draw(2 * module.num_layers, B, width) for width in widths]
+    return leaves, tuple(leaves) if len(leaves) > 1 else leaves[0]
+
+
+@pytest.mark.parametrize("memory", ["save", "recompute"])
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("restart", ["", "zero", "one", "each"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_same_as_padded(
+    kind: str, restart: str, batch_first: bool, memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = pair(kind, 3, 6, num_layers=2, bidirectional=True, batch_first=batch_first).ours
+    x = draw(*((B, T, 3) if batch_first else (T, B, 3)))
+    leaves, hx = states_of(module)
+    options: dict[str, Any] = {"lengths": LENGTHS, "return_states": True}
+    if restart:
+        options["reset"] = torch.rand(x.shape[:2]) < 0.3
+    if restart in ("one", "each"):
+        learned = [h.detach()[:, : 1 if restart == "one" else B].clone().requires_grad_() for h in leaves]
+        leaves = [*leaves, *learned]
+        options["reset_state"] = tuple(learned) if len(learned) > 1 else learned[0]
+    wrt, results = [x, *leaves, *module.parameters()], []
+    for packs in (True, False):
+        monkeypatch.setattr(_layouts, "worth_packing", lambda *_, packs=packs: packs)
+        module.memory = memory if packs else "save"
+        result = module(x, hx, **options)
+        last = result[2][-1]
+        assert (last[0] if isinstance(last, tuple) else last) is result[0]
+        outputs = flat(result)
+        results.append((outputs, gradients(outputs, wrt)))
+    check(results[0][0], results[1][0], results[1][0], kind)
+    check_grad(results[0][1], results[1][1], results[1][1], kind)
+
+
+def seen_by_layers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of every call of a layer from now on."""
+    rows: list[int] = []
+    layer = functional.layer
+
+    def watched(cell: str, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        rows.append(x.shape[0])
+        return layer(cell, x, *args, **kwargs)
+
+    monkeypatch.setattr(functional, "layer", watched)
+    return rows
+
+
+def test_taken_where_it_saves(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, module, x = seen_by_layers(monkeypatch), pair("GRU", 3, 6).ours, draw(T, B, 3)
+    module(x, lengths=LENGTHS)
+    with torch.no_grad():
+        module(x, lengths=LENGTHS)
+    module(x, lengths=[0] * B)
+    torch.func.vmap(lambda v: module(v, lengths=LENGTHS)[0])(draw(2, T, B, 3))
+    assert rows == [14, T * B, T * B, T * B]
+
+
+def test_padding_is_never_read() -> None:
+    module = pair("LSTM", 3, 6, bidirectional=True).ours
+    x = draw(T, B, 3).detach()
+    past = torch.arange(T).unsqueeze(1) >= LENGTHS
+    x[past] = float("nan")
+    x.requires_grad_()
+    y, _ = module(x, lengths=LENGTHS)
+    assert not y[past].any()
+    found = torch.autograd.grad(
+        y, [x, *module.parameters()], torch.ones_like(y).masked_fill(past[..., None], torch.nan)
+    )
+    assert all(d.isfinite().all() for d in found) and not found[0][past].any()
+
+
+def test_gradcheck() -> None:
+    """To the second order, and mapped over gradients."""
+    module = pair("GRU", 2, 3).ours
+
+    def f(x: Tensor, h: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        parameters = {"weight_hh_l0": w}
+        return torch.func.functional_call(module, parameters, (x, h), {"lengths": torch.tensor([2, 0, 3])})
+
+    given = draw(3, 3, 2), draw(1, 3, 3), module.weight_hh_l0.detach().clone().requires_grad_()
+    assert torch.autograd.gradcheck(f, given, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(f, given)
