@@ -109,6 +109,11 @@ PyObject* fresh(PyObject* like, const int64_t* sizes, int ndim, bool accumulate,
     if (shape) made = PyObject_VectorcallMethod(torch.new_empty, args, 2, names);
     Py_XDECREF(shape);
   }
+  if (made && reinterpret_cast<PyObject*>(Py_TYPE(made)) != torch.tensor) {
+    PyErr_Format(PyExc_TypeError, "a mode makes %s of new tensors, which have no numbers to write",
+                 Py_TYPE(made)->tp_name);
+    Py_CLEAR(made);
+  }
   if (made && !view.look(made)) Py_CLEAR(made);
   if (made) *data = view.data();
   return made;

@@ -13,6 +13,7 @@ import pytest
 import torch
 from tolerance import check
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rnnkern
 from rnnkern import Stream, _stream, dispatch
@@ -439,6 +440,20 @@ def test_other_bad_calls(engine: str) -> None:
         stream.reset([5])
     with pytest.raises(TypeError, match="no numbers to read"):
         torch.func.vmap(stream.step)(torch.zeros(2, 3, 6)) if engine != "reference" else pytest.skip("it can")
+
+
+@pytest.mark.parametrize("hidden", [6, 20])
+def test_under_a_mode_that_makes_no_tensors(hidden: int, engine: str) -> None:
+    """As a trace does: refused with the state as it was, and the same stream goes on afterwards."""
+    if engine == "reference":
+        pytest.skip("it runs under any mode")
+    stream, x = Stream(nn.GRU(6, hidden)), torch.randn(1, 6)
+    for _ in range(2):
+        before = flat(stream.state)
+        with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(TypeError, match="a mode makes FakeTensor"):
+            stream.step(x)
+        assert all(torch.equal(a, b) for a, b in zip(flat(stream.state), before, strict=True))
+        assert stream.step(x).any()
 
 
 class Own(nn.LSTM):
