@@ -29,7 +29,8 @@ class Stream:
         weights: how the weight matrices are kept: ``None`` as in `dtype`; ``"bf16"``; ``"int8"``, symmetric with a
             scale for each row. Fewer bytes are faster, because every step reads all of them. Inputs, states and sums
             keep their precision; with ``"int8"`` on processors with AVX-512 VNNI, `x` and `h` are multiplied as 16-bit
-            integers, scaled by the largest of their row. Default: ``None``
+            integers, scaled by the largest of their row. Relative L2 error of `h` over 1000 steps, measured: bf16 0.1
+            to 0.24 %, int8 0.27 to 0.4 % with initial and 0.4 to 0.8 % with trained weights. Default: ``None``
         out: tensor `(batch_size, H_out)` that every :meth:`step` writes to and returns; without it every step returns a
             fresh one. What an earlier step returned is then gone. Default: ``None``
 
