@@ -14,6 +14,7 @@ from rnnkern.backends.base import accumulation_dtype
 from rnnkern.cells import CELLS
 
 FORMS = {None: 0, "bf16": 1, "int8": 2}  # how weights are kept; the numbers are csrc/api.h's
+WIDEST = 1 << 16  # along a sum of int8: more might not fit the 32 bits that csrc/generic/forms-inl.h adds them up in
 
 _KINDS: tuple[tuple[type[torch.nn.Module], type[torch.nn.Module]], ...] = (
     (torch.nn.RNN, nn.RNN),

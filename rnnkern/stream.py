@@ -77,6 +77,9 @@ class Stream:
             raise ValueError(f"Stream: weights must be None, 'bf16' or 'int8', got {weights!r}")
         if weights is not None and self.dtype == torch.float64:
             raise ValueError(f"Stream: weights={weights!r} is not for float64: give dtype=torch.float32 as well")
+        widest = max(self._shape.I, self._shape.H)
+        if weights == "int8" and widest > _stream.WIDEST:
+            raise ValueError(f"Stream: weights='int8' takes up to {_stream.WIDEST} features, got {widest}")
         if out is not None:
             self._expect(out, (batch_size, self._shape.P), "out")
             if not out.is_contiguous() or out.requires_grad:

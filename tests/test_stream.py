@@ -336,6 +336,15 @@ def test_values_far_apart(form: str | None, engine: str) -> None:
         agree(Stream(module, 2, weights=form), module, torch.randn(6, 2, 6) * scale, form, f"scale {scale}")
 
 
+def test_a_sum_of_int8_as_long_as_may_be(engine: str) -> None:
+    """All of one sign and of the largest value: sums of bytes come close to the end of 32 bits."""
+    module = nn.RNN(65536, 2, nonlinearity="relu")
+    with torch.no_grad():
+        module.weight_ih_l0.copy_(torch.tensor([1.0, -1.0]).unsqueeze(1).expand(2, 65536) / 256)
+    for x in (torch.ones(1, 1, 65536), -torch.ones(1, 1, 65536), torch.rand(1, 1, 65536)):
+        agree(Stream(module, weights="int8"), module, x, "int8", "long")
+
+
 # ---- threads --------------------------------------------------------------------------------------------------------
 
 
@@ -482,6 +491,7 @@ def hooked() -> nn.Module:
         (lambda: Stream(nn.LSTM(6, 20), 2.0), ValueError, "batch_size must be an integer"),
         (lambda: Stream(nn.LSTM(6, 20), weights="int4"), ValueError, "must be None, 'bf16' or 'int8', got 'int4'"),
         (lambda: Stream(nn.LSTM(6, 20).double(), weights="int8"), ValueError, "not for float64"),
+        (lambda: Stream(nn.RNN(65537, 1), weights="int8"), ValueError, "takes up to 65536 features, got 65537"),
         (lambda: Stream(nn.LSTM(6, 20), dtype=torch.int32), ValueError, "got torch.int32"),
         (lambda: Stream(nn.LSTM(6, 20), out=torch.empty(1, 6)), ValueError, r"out of shape \[1, 20\], got \[1, 6\]"),
         (lambda: Stream(nn.LSTM(6, 20), 2, out=torch.empty(20, 2).t()), ValueError, "out must be contiguous"),
