@@ -66,12 +66,51 @@ struct Backward : Scan {
   void* dreset_state[kMaxStates] = {};  // [N, B, width], zeroed by the caller; null without reset states
 };
 
+// How a stream's weights are given and kept: in the accumulation dtype, as bf16, or as int8 with a scale for each row.
+enum class Form : int { whole, bf16, int8 };
+
+struct StreamShape {
+  Cell cell = Cell::lstm;
+  DType dtype = DType::f32;  // of inputs, outputs and h; f64 only with whole weights
+  Form form = Form::whole;
+  int64_t layers = 0, B = 0, I = 0, H = 0, P = 0;
+  bool projected = false;
+};
+
+// One layer as the caller has it, contiguous: weights in the form's type, biases in the accumulation dtype, or null.
+struct StreamLayer {
+  const void *w_ih = nullptr, *w_hh = nullptr, *w_hr = nullptr;   // [G*H, I], [G*H, P], [P, H]
+  const void *b_ih = nullptr, *b_hh = nullptr;                    // [G*H]
+  const float *s_ih = nullptr, *s_hh = nullptr, *s_hr = nullptr;  // [rows], for int8
+};
+
+// Steps of a stream; strides in elements, rows of neighbouring ones.
+struct StreamCall {
+  int64_t T = 1;
+  const void* x = nullptr;  // [T, B, I]
+  int64_t x_t = 0, x_b = 0;
+  void* y = nullptr;  // [T, B, P]
+  int64_t y_t = 0, y_b = 0;
+  const uint8_t* active = nullptr;  // [B]: rows that advance; y of the others is zero; null: all
+};
+
+// Packed weights, states and scratch of a stack of layers. For one thread at a time.
+class Stepper {
+ public:
+  virtual ~Stepper() = default;
+  virtual void pack(const StreamLayer* layers) = 0;
+  virtual void run(const StreamCall& call) = 0;
+  virtual void read(int state, void* to) const = 0;                            // [layers, B, width] in the dtype
+  virtual void write(int state, const void* from, const uint8_t* active) = 0;  // from null: zero
+};
+
 // The kernels of one instruction set.
 struct Kernels {
   const char* name;
   bool (*supported)();
   void (*forward)(const Forward&);
   void (*backward)(const Backward&);
+  Stepper* (*stepper)(const StreamShape&);  // with zero states and nothing packed; throws std::runtime_error
 };
 
 extern const Kernels kBaseline, kAvx2, kAvx512, kAvx512Bf16, kAmxBf16;

@@ -69,6 +69,21 @@ int64_t near_weights() {
   return bytes;
 }
 
+static std::runtime_error out_of_memory(size_t bytes, const char* what) {
+  return std::runtime_error("rnnkern: out of memory: cannot allocate " + std::to_string(bytes) + " bytes of " + what);
+}
+
+void* allocate_zeros(size_t bytes) {
+  bytes = (bytes + 63) / 64 * 64;
+  void* memory = std::aligned_alloc(64, bytes);
+  if (bytes && !memory) throw out_of_memory(bytes, "a stream");
+  prefer_large_pages(memory, bytes);
+  if (bytes) std::memset(memory, 0, bytes);
+  return memory;
+}
+
+void release(void* memory) { std::free(memory); }
+
 namespace {
 struct Kept {
   unsigned char* base = nullptr;
@@ -85,9 +100,7 @@ void Scratch::allocate() {
   } else {
     capacity_ = size_;
     base_ = static_cast<unsigned char*>(std::aligned_alloc(64, size_));
-    if (!base_)
-      throw std::runtime_error("rnnkern: out of memory: cannot allocate " + std::to_string(size_) +
-                               " bytes of scratch space");
+    if (!base_) throw out_of_memory(size_, "scratch space");
   }
   for (int i = 0; i < count_; i++) *arrays_[i].array = base_ + arrays_[i].offset;
 #ifdef __SANITIZE_ADDRESS__

@@ -18,7 +18,7 @@ struct DLTensor {
 };
 
 constexpr int32_t kDLCpu = 1;
-constexpr uint8_t kDLFloat = 2, kDLBfloat = 4;
+constexpr uint8_t kDLInt = 0, kDLFloat = 2, kDLBfloat = 4, kDLBool = 6;
 
 struct DLExchange {
   static constexpr uint32_t kMajor = 1;

@@ -1,5 +1,5 @@
-// The Python module: turns numbers and tuples into the structs of api.h. This and layer.cpp are the only files that see
-// Python.
+// The Python module: turns numbers and tuples into the structs of api.h. Beside layer.cpp, stream.cpp and tensors.cpp
+// the only file that sees Python.
 #include <pybind11/pybind11.h>
 
 #include <cstdlib>
@@ -9,6 +9,7 @@
 
 #include "api.h"
 #include "layer.h"
+#include "stream.h"
 
 namespace py = pybind11;
 
@@ -133,6 +134,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("forward", &forward);
   if (PyModule_AddFunctions(m.ptr(), kLayerMethods) != 0) throw py::error_already_set();
   m.def("backward", &backward);
+  py::object stream = py::reinterpret_steal<py::object>(stream_type());
+  if (!stream) throw py::error_already_set();
+  m.attr("Stream") = stream;
   m.def(
       "chosen", [](const std::string& requested) { return std::string(kernels(requested).name); },
       "Name of the instruction set that a request ('' for the best) takes; raises with the reason where it cannot.");

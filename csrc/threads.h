@@ -58,6 +58,10 @@ void prefer_large_pages(void* memory, size_t bytes);
 // Bytes of recurrent weights up to which a core reads them at every step about as fast as from its second cache.
 int64_t near_weights();
 
+// Aligned zeros that live as long as their owner; throws std::runtime_error with the size asked for.
+void* allocate_zeros(size_t bytes);
+void release(void* memory);
+
 // One aligned block in several arrays: name them all, then allocate. Each calling thread keeps its last block for its
 // next call, up to kKept bytes: fresh pages cost more than the packing that they are for.
 class Scratch {

@@ -6,6 +6,7 @@ from rnnkern._tbptt import tbptt
 from rnnkern.convert import accelerate, restore
 from rnnkern.dispatch import backends, use_backend
 from rnnkern.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from rnnkern.stream import Stream
 
 __version__ = "0.1.0"
 
@@ -16,6 +17,7 @@ __all__ = [
     "GRUCell",
     "LSTMCell",
     "RNNCell",
+    "Stream",
     "accelerate",
     "backends",
     "functional",

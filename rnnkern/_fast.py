@@ -60,6 +60,11 @@ def _load() -> Any:
     return _kernel
 
 
+def available() -> bool:
+    """Whether the extension is there and knows this torch's tensors."""
+    return bool(_load() if _kernel is None else _kernel)
+
+
 def _closed() -> bool:
     """Whether somebody watches tensors, or a backend was asked for: then every call goes the general way."""
     return (

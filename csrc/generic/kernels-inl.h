@@ -13,6 +13,8 @@
 #include "../cells/gru.h"
 #include "forward-inl.h"
 #include "backward-inl.h"
+#include "forms-inl.h"
+#include "stream-inl.h"
 // clang-format on
 
 template <class ST>
@@ -57,3 +59,30 @@ static void run_dtype(const Call& call) {
 
 static void forward(const Forward& call) { run_dtype<ForwardScan>(call); }
 static void backward(const Backward& call) { run_dtype<BackwardScan>(call); }
+
+template <class M>
+static Stepper* stepper_of(const StreamShape& shape) {
+  switch (shape.cell) {
+    case Cell::rnn_tanh:
+      return new Stream<Rnn<false>, M>(shape);
+    case Cell::rnn_relu:
+      return new Stream<Rnn<true>, M>(shape);
+    case Cell::lstm:
+      return new Stream<Lstm, M>(shape);
+    case Cell::gru:
+      return new Stream<Gru, M>(shape);
+  }
+  return nullptr;
+}
+
+static Stepper* stepper(const StreamShape& shape) {
+  switch (shape.form) {
+    case Form::whole:
+      return shape.dtype == DType::f64 ? stepper_of<Whole<double>>(shape) : stepper_of<Whole<float>>(shape);
+    case Form::bf16:
+      return shape.dtype == DType::bf16 ? stepper_of<RowPairs>(shape) : stepper_of<Halves>(shape);
+    case Form::int8:
+      return stepper_of<Quarters>(shape);
+  }
+  return nullptr;
+}

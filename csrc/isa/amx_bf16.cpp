@@ -17,15 +17,17 @@
 #define RK_REGISTERS 32
 #define RK_F16C
 #define RK_BF16
+#define RK_VNNI
 #define RK_AMX
 
 #if defined(__clang__)
 #pragma clang attribute push(                                                                                 \
-    __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16"))), \
+    __attribute__((                                                                                           \
+        target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,amx-tile,amx-bf16"))), \
     apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16")
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,amx-tile,amx-bf16")
 #endif
 
 namespace rnnkern {
@@ -59,6 +61,6 @@ static bool supported() {
   return false;
 #endif
 }
-extern const Kernels kAmxBf16 = {"amx_bf16", supported, amx_bf16::forward, amx_bf16::backward};
+extern const Kernels kAmxBf16 = {"amx_bf16", supported, amx_bf16::forward, amx_bf16::backward, amx_bf16::stepper};
 }  // namespace rnnkern
 #endif

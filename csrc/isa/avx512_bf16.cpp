@@ -1,4 +1,4 @@
-// The kernels for AVX-512 with native bf16 dot products.
+// The kernels for AVX-512 with native dot products of bf16 and of bytes.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -12,13 +12,15 @@
 #define RK_REGISTERS 32
 #define RK_F16C
 #define RK_BF16
+#define RK_VNNI
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"))), \
-                             apply_to = function)
+#pragma clang attribute push(                                                                          \
+    __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16"))), \
+    apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")
 #endif
 
 namespace rnnkern {
@@ -34,7 +36,10 @@ namespace avx512_bf16 {
 #endif
 
 namespace rnnkern {
-static bool supported() { return kAvx512.supported() && __builtin_cpu_supports("avx512bf16"); }
-extern const Kernels kAvx512Bf16 = {"avx512_bf16", supported, avx512_bf16::forward, avx512_bf16::backward};
+static bool supported() {  // every processor with the second has the first
+  return kAvx512.supported() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+}
+extern const Kernels kAvx512Bf16 = {"avx512_bf16", supported, avx512_bf16::forward, avx512_bf16::backward,
+                                    avx512_bf16::stepper};
 }  // namespace rnnkern
 #endif

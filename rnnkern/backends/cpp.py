@@ -15,8 +15,8 @@ try:
 except ImportError as error:
     raise ImportError(f"the C++ extension was not built ({error}); pip install -v shows why") from error
 
-_CELLS = {"rnn_tanh": 0, "rnn_relu": 1, "lstm": 2, "gru": 3}
-_DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+CELL_NUMBERS = {"rnn_tanh": 0, "rnn_relu": 1, "lstm": 2, "gru": 3}
+DTYPE_NUMBERS = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 _PARAMS = ("w_hh", "b_hh", "w_hr")
 _UNDONE = ("zoneout", "cell_clip", "proj_clip", "grad_clip")
 
@@ -33,10 +33,10 @@ class Cpp:
         spec, reasons = inputs.spec, []
         if inputs.gx.device.type != "cpu":
             reasons.append(f"device {inputs.gx.device.type}: only cpu")
-        if inputs.gx.dtype not in _DTYPES:
-            reasons.append(f"dtype {inputs.gx.dtype}: only {', '.join(str(d) for d in _DTYPES)}")
-        if spec.cell not in _CELLS:
-            reasons.append(f"cell {spec.cell}: only {', '.join(_CELLS)}")
+        if inputs.gx.dtype not in DTYPE_NUMBERS:
+            reasons.append(f"dtype {inputs.gx.dtype}: only {', '.join(str(d) for d in DTYPE_NUMBERS)}")
+        if spec.cell not in CELL_NUMBERS:
+            reasons.append(f"cell {spec.cell}: only {', '.join(CELL_NUMBERS)}")
         reasons += [f"parameter {p}" for p in spec.params if p not in _PARAMS]
         reasons += [f"mask {m}" for m in spec.noise]
         if spec.cell == "gru" and "w_hr" in spec.params:
@@ -91,8 +91,8 @@ class Cpp:
         keep_layout, layout, resets = _layout(inputs)
         _cpu.forward(
             self.isa,
-            _CELLS[spec.cell],
-            _DTYPES[dtype],
+            CELL_NUMBERS[spec.cell],
+            DTYPE_NUMBERS[dtype],
             (inputs.T, inputs.B, S, N, width, H, P, models, torch.get_num_threads()),
             layout,
             resets,
@@ -144,8 +144,8 @@ class Cpp:
         keep_layout, layout, resets = _layout(inputs)
         _cpu.backward(
             self.isa,
-            _CELLS[spec.cell],
-            _DTYPES[dtype],
+            CELL_NUMBERS[spec.cell],
+            DTYPE_NUMBERS[dtype],
             (inputs.T, inputs.B, S, N, 0, H, P, 1, torch.get_num_threads()),
             layout,
             resets,

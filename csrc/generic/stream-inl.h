@@ -1,0 +1,361 @@
+// Steps of a stream: what lives between calls, and one step of a stack of layers; no include guard: included once per
+// ISA namespace.
+//
+// A row of a layer is [x, h], as the products take it, and their weights lie side by side in the panels: one product
+// over both where a gate takes their sum. The panels' layout is that of product-inl.h.
+
+template <class T>
+class Owned {
+ public:
+  Owned() = default;
+  Owned(const Owned&) = delete;
+  Owned& operator=(const Owned&) = delete;
+  ~Owned() { release(data_); }
+  void allocate(int64_t count) { data_ = (T*)allocate_zeros(size_t(count) * sizeof(T)); }
+  operator T*() const { return data_; }
+
+ private:
+  T* data_ = nullptr;
+};
+
+template <class Cell, class M>
+class Stream final : public Stepper {
+  typedef typename M::CT CT;
+  typedef typename M::A A;
+  typedef typename M::W W;
+  typedef typename M::Kept Kept;
+  typedef vec<CT> V;
+  static constexpr int n = Simd<CT>::n, G = Cell::kGates;
+  static constexpr int kUnits = G == 1 ? 4 : 1;  // hidden blocks in a panel, so that it is three or four vectors wide
+  static constexpr int kWide = 4;
+  static constexpr bool kJoined = !Cell::kSplit && !M::kScaled;
+
+  // Weights of one product, in panels, and what goes with their columns.
+  struct Matrix {
+    int64_t steps = 0;
+    Owned<CT> bias, scale;
+    Owned<int32_t> offset;
+
+    Columns columns(int64_t at) const { return {(const float*)(CT*)scale + at, offset + at}; }
+    const CT* start(int64_t at) const { return bias + at; }
+  };
+  enum { kInput, kHidden, kProjection };
+
+  struct Layer {
+    int64_t I = 0, h = 0, stride = 0;  // of a row: x, where h begins, all
+    Matrix part[3];
+    Owned<W> gates, hr;  // [panel][steps of x, then of h][vectors][n]
+    Owned<A> row;
+    Owned<CT> c;
+    int64_t steps() const { return part[kInput].steps + part[kHidden].steps; }
+  };
+  struct Layers {
+    explicit Layers(int64_t count) : layer(new Layer[count]) {}
+    ~Layers() { delete[] layer; }
+    Layer* layer;
+  };
+
+ public:
+  explicit Stream(const StreamShape& s) : s_(s), layers_(s.layers) {
+    blocks_ = ceil_div(s.H, n);
+    out_blocks_ = ceil_div(s.P, n);
+    m_stride_ = (blocks_ + 1) * n;
+    for (int64_t k = 0; k < s.layers; k++) {
+      Layer& l = layers_.layer[k];
+      l.I = k ? s.P : s.I;
+      const int64_t sums[] = {l.I, s.P, s.H}, columns[] = {blocks_ * G * n, blocks_ * G * n, out_blocks_ * n};
+      for (int i = 0; i < (s.projected ? 3 : 2); i++) {
+        l.part[i].steps = ceil_div(sums[i], M::kPair);
+        l.part[i].bias.allocate(columns[i]);
+        if (!M::kScaled) continue;
+        l.part[i].scale.allocate(columns[i]);
+        l.part[i].offset.allocate(columns[i]);
+      }
+      l.h = l.part[kInput].steps * M::kPair;
+      l.stride = (ceil_div(l.h + s.P, n) + 1) * n;  // vectors may reach past the end
+      l.gates.allocate(columns[0] * l.steps());
+      if (s.projected) l.hr.allocate(columns[2] * l.part[kProjection].steps);
+      l.row.allocate(s.B * l.stride);
+      if (Cell::kStates > 1) l.c.allocate(s.B * blocks_ * n);
+    }
+    m_.allocate(s.B * m_stride_);
+    for (Owned<CT>& sums : sums_) sums.allocate(s.B * kWide * n);
+    for (Owned<const A*>& a : a_) a.allocate(s.B);
+    active_.allocate(s.B);
+#ifdef RK_VNNI
+    if (!M::kScaled) return;
+    int64_t widest = s.I > s.H ? s.I : s.H, stride = ceil_div(widest, n) * n;
+    for (int i = 0; i < 2; i++) {
+      planes_[i].allocate(s.B * 2 * stride);
+      bytes_[i].allocate(s.B);
+      for (int64_t b = 0; b < s.B; b++)
+        bytes_[i][b] = {planes_[i] + 2 * b * stride, planes_[i] + (2 * b + 1) * stride, 0};
+    }
+#endif
+  }
+
+  void pack(const StreamLayer* layers) override {
+    for (int64_t k = 0; k < s_.layers; k++) {
+      Layer& l = layers_.layer[k];
+      const StreamLayer& from = layers[k];
+      for (int64_t b = 0; b < blocks_; b += kUnits) pack_gates(l, from, b);
+      for (int64_t b = 0; s_.projected && b < out_blocks_; b += kWide) {
+        int units = Range{0, out_blocks_}.take(b, kWide);
+        Kept* panel = (Kept*)(l.hr + b * n * l.part[kProjection].steps);
+        for (int u = 0; u < units; u++)
+          pack_block(l.part[kProjection], (const Kept*)from.w_hr, s_.H, nullptr, from.s_hr, (b + u) * n, s_.P,
+                     (b + u) * n, panel, units, u);
+      }
+    }
+  }
+
+  void run(const StreamCall& call) override {
+    int64_t count = 0;
+    for (int64_t b = 0; b < s_.B; b++)
+      if (!call.active || call.active[b]) active_[count++] = b;
+    for (int64_t t = 0; t < call.T; t++) {
+      for (int64_t i = 0; i < count; i++)
+        enter(call.x, t * call.x_t + active_[i] * call.x_b, row(layers_.layer[0], i), s_.I);
+      for (int64_t k = 0; k < s_.layers; k++) {
+        Layer& l = layers_.layer[k];
+        advance(l, count);
+        for (int64_t i = 0; k + 1 < s_.layers && i < count; i++)
+          copy_columns<A>(row(l, i) + l.h, row(layers_.layer[k + 1], i), {0, s_.P});
+      }
+      const Layer& last = layers_.layer[s_.layers - 1];
+      for (int64_t b = 0; b < s_.B; b++) {
+        int64_t at = t * call.y_t + b * call.y_b;
+        if (call.active && !call.active[b])
+          zero(call.y, at, s_.P);
+        else
+          leave(last.row + b * last.stride + last.h, call.y, at, s_.P);
+      }
+      back_ = !back_;
+    }
+  }
+
+  void read(int state, void* to) const override {
+    int64_t width = state ? s_.H : s_.P;
+    for (int64_t k = 0; k < s_.layers; k++) {
+      const Layer& l = layers_.layer[k];
+      for (int64_t b = 0; b < s_.B; b++) {
+        int64_t at = (k * s_.B + b) * width;
+        if (state)
+          leave(l.c + b * blocks_ * n, to, at, width);
+        else
+          leave(l.row + b * l.stride + l.h, to, at, width);
+      }
+    }
+  }
+
+  void write(int state, const void* from, const uint8_t* active) override {
+    int64_t width = state ? s_.H : s_.P;
+    for (int64_t k = 0; k < s_.layers; k++) {
+      Layer& l = layers_.layer[k];
+      for (int64_t b = 0; b < s_.B; b++) {
+        if (active && !active[b]) continue;
+        int64_t at = (k * s_.B + b) * width;
+        if (state)
+          enter(from, at, l.c + b * blocks_ * n, width);
+        else
+          enter(from, at, l.row + b * l.stride + l.h, width);
+      }
+    }
+  }
+
+ private:
+  // ---- between the caller's dtype and what is computed with --------------------------------------------------------
+
+  static int left(int64_t size, int64_t j) { return int(size - j < n ? size - j : n); }
+
+  template <class From, class To>
+  static RK_INLINE void copy_row(const From* from, To* to, int64_t size) {
+    for (int64_t j = 0; j < size; j += n) store(to + j, load(from + j, left(size, j)), left(size, j));
+  }
+
+  // From null: zero.
+  template <class To>
+  void enter(const void* from, int64_t at, To* to, int64_t size) const {
+    if (!from) return (void)__builtin_memset((void*)to, 0, size * sizeof(To));
+    if constexpr (sizeof(CT) == sizeof(double))
+      copy_row((const double*)from + at, to, size);
+    else if (s_.dtype == DType::bf16)
+      copy_row((const bf16*)from + at, to, size);
+    else if (s_.dtype == DType::f16)
+      copy_row((const f16*)from + at, to, size);
+    else
+      copy_row((const float*)from + at, to, size);
+  }
+
+  template <class From>
+  void leave(const From* from, void* to, int64_t at, int64_t size) const {
+    if constexpr (sizeof(CT) == sizeof(double))
+      copy_row(from, (double*)to + at, size);
+    else if (s_.dtype == DType::bf16)
+      copy_row(from, (bf16*)to + at, size);
+    else if (s_.dtype == DType::f16)
+      copy_row(from, (f16*)to + at, size);
+    else
+      copy_row(from, (float*)to + at, size);
+  }
+
+  void zero(void* to, int64_t at, int64_t size) const {
+    int64_t bytes = s_.dtype == DType::f64 ? 8 : s_.dtype == DType::f32 ? 4 : 2;
+    __builtin_memset((char*)to + at * bytes, 0, size * bytes);
+  }
+
+  // x as it would be read back from the caller's dtype.
+  RK_INLINE V as_stored(V x) const {
+    if constexpr (sizeof(CT) == sizeof(float)) {
+      if (s_.dtype == DType::bf16) return rounded(x, (bf16*)nullptr);
+      if (s_.dtype == DType::f16) return rounded(x, (f16*)nullptr);
+    }
+    return x;
+  }
+
+  A* row(const Layer& l, int64_t i) const { return l.row + active_[i] * l.stride; }
+
+  // ---- packing -----------------------------------------------------------------------------------------------------
+
+  void pack_gates(Layer& l, const StreamLayer& from, int64_t block) {
+    int units = Range{0, blocks_}.take(block, kUnits), NV = units * G;
+    Matrix &x = l.part[kInput], &h = l.part[kHidden];
+    W* panel = l.gates + block * G * n * l.steps();
+    for (int u = 0; u < units; u++)
+      for (int k = 0; k < G; k++) {
+        int64_t j = (block + u) * n, first = k * s_.H + j, end = (k + 1) * s_.H, at = (block * G + u * G + k) * n;
+        int v = u * G + k;
+        pack_block(x, (const Kept*)from.w_ih, l.I, (const CT*)from.b_ih, from.s_ih, first, end, at, (Kept*)panel, NV,
+                   v);
+        pack_block(h, (const Kept*)from.w_hh, s_.P, (const CT*)from.b_hh, from.s_hh, first, end, at,
+                   (Kept*)(panel + x.steps * NV * n), NV, v);
+        if (kJoined) store(x.bias + at, load(x.start(at)) + load(h.start(at)));
+      }
+  }
+
+  // Rows [first, end), n of them at most, of w [*, K] into vector v of a panel of NV, whose columns begin at `at`.
+  void pack_block(Matrix& to, const Kept* w, int64_t K, const CT* bias, const float* scale, int64_t first, int64_t end,
+                  int64_t at, Kept* panel, int NV, int v) {
+    int rows = left(end, first);
+    if (bias) store(to.bias + at, load(bias + first, rows));
+    for (int i = 0; i < rows; i++) {
+      const Kept* from = w + (first + i) * K;
+      int32_t sum = 0;
+      for (int64_t k = 0; k < K; k++) {
+        Kept& one = panel[((k / M::kPair * NV + v) * n + i) * M::kPair + k % M::kPair];
+        one = from[k];
+        if constexpr (M::kScaled) sum += one;
+      }
+      if (!M::kScaled) continue;
+      to.scale[at + i] = scale[first + i];
+      to.offset[at + i] = -128 * sum;
+    }
+  }
+
+  // ---- one layer, one step -----------------------------------------------------------------------------------------
+
+  // Left rows of the next products, `size` elements each.
+  void set_rows(int slot, int64_t count, const A* first, int64_t stride, int64_t size) {
+    for (int64_t i = 0; i < count; i++) a_[slot][i] = first + active_[i] * stride;
+#ifdef RK_VNNI
+    if constexpr (M::kScaled)
+      for (int64_t i = 0; i < count; i++) to_bytes(a_[slot][i], size, bytes_[slot] + i);
+#else
+    (void)size;
+#endif
+  }
+
+  // out[row][NV][n] = bias + left rows times a panel.
+  void product(int slot, int64_t count, int NV, const W* panel, const W* next, int64_t steps, const Matrix& part,
+               int64_t at, CT* out) {
+    if constexpr (!M::kScaled) {
+      packed_rows<M>(count, NV, a_[slot], panel, next, steps, part.start(at), out);
+    } else {
+#ifdef RK_VNNI
+      switch (NV) {
+#define RK_CASE(NV) \
+  case NV:          \
+    return byte_rows<NV>(count, a_[slot], bytes_[slot], panel, steps, part.start(at), part.columns(at), out);
+        RK_CASE(1) RK_CASE(2) RK_CASE(3) RK_CASE(4)
+#undef RK_CASE
+      }
+#else
+      scaled_rows<M>(count, NV, a_[slot], panel, next, steps, part.start(at), part.columns(at), out);
+#endif
+    }
+  }
+
+  void advance(Layer& l, int64_t count) {
+    set_rows(kInput, count, l.row, l.stride, l.I);
+    if (!kJoined) set_rows(kHidden, count, l.row + l.h, l.stride, s_.P);
+    const Matrix &x = l.part[kInput], &h = l.part[kHidden];
+    Walk walk{{0, blocks_}, kUnits, back_};  // back and forth: what was read last is still in the nearest cache
+    for (int64_t p = 0; p < walk.count(); p++) {
+      int64_t b = walk[p], at = b * G * n;
+      int units = walk.units(p), NV = units * G;
+      const W *panel = l.gates + at * l.steps(), *next = l.gates + walk.next(p) * G * n * l.steps();
+      if (kJoined) {
+        product(kInput, count, NV, panel, next, l.steps(), x, at, sums_[0]);
+      } else {
+        const W* second = panel + x.steps * NV * n;
+        product(kInput, count, NV, panel, second, x.steps, x, at, sums_[0]);
+        product(kHidden, count, NV, second, next, h.steps, h, at, sums_[1]);
+      }
+      for (int64_t i = 0; i < count; i++) step_row(l, i, b, units);
+    }
+    if (s_.projected)
+      project(l, count);
+    else
+      for (int64_t i = 0; i < count; i++) copy_columns<A>(m_ + active_[i] * m_stride_, row(l, i) + l.h, {0, s_.H});
+  }
+
+  // The gates of one row's hidden units; h' goes to m, because other blocks still read h.
+  void step_row(Layer& l, int64_t i, int64_t block, int units) {
+    const CT *gx = sums_[0] + i * units * G * n, *gh = sums_[1] + i * units * G * n;
+    A* m = m_ + active_[i] * m_stride_;
+    for (int u = 0; u < units; u++) {
+      int64_t j = (block + u) * n;
+      V x[G], h[G], state[Cell::kStates], plane[Cell::kPlanes];
+      for (int k = 0; k < G; k++) {
+        x[k] = load(gx + (u * G + k) * n);
+        h[k] = kJoined ? V{} : load(gh + (u * G + k) * n);
+      }
+      if (Cell::kReadsH) state[0] = load(row(l, i) + l.h + j);
+      CT* c = l.c + active_[i] * blocks_ * n + j;
+      if constexpr (Cell::kStates > 1) state[1] = load(c);
+      Cell::step(x, h, state, plane);
+      if constexpr (Cell::kStates > 1) store(c, state[1]);
+      store(m + j, as_stored(state[0]), left(s_.H, j));
+    }
+  }
+
+  // h' = m W_hr^T.
+  void project(Layer& l, int64_t count) {
+    set_rows(kInput, count, m_, m_stride_, s_.H);
+    const Matrix& part = l.part[kProjection];
+    Walk walk{{0, out_blocks_}, kWide};
+    for (int64_t p = 0; p < walk.count(); p++) {
+      int64_t b = walk[p];
+      int units = walk.units(p);
+      product(kInput, count, units, l.hr + b * n * part.steps, l.hr + walk.next(p) * n * part.steps, part.steps, part,
+              b * n, sums_[0]);
+      for (int64_t i = 0; i < count; i++)
+        for (int u = 0; u < units; u++) {
+          int64_t j = (b + u) * n;
+          V h = load(sums_[0] + (i * units + u) * n);
+          store(row(l, i) + l.h + j, as_stored(h), left(s_.P, j));
+        }
+    }
+  }
+
+  StreamShape s_;
+  Layers layers_;
+  int64_t blocks_, out_blocks_, m_stride_;
+  bool back_ = false;
+  Owned<A> m_;             // [B][m_stride_]: h' before the projection
+  Owned<CT> sums_[2];      // [B][kWide][n] of one panel: x's, or both, and h's
+  Owned<const A*> a_[2];   // [B]: left rows
+  Owned<int64_t> active_;  // [B]: the rows that advance
+  Owned<uint8_t> planes_[2];
+  Owned<Bytes> bytes_[2];
+};

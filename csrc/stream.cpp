@@ -1,0 +1,256 @@
+// rnnkern.Stream as a Python type of plain C functions, for a step takes a few microseconds: it owns a Stepper and
+// takes tensors. What does not fit gets None with nothing done, and rnnkern/stream.py finds out what it is.
+#include "stream.h"
+
+#include <atomic>
+#include <exception>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "api.h"
+#include "tensors.h"
+
+namespace rnnkern {
+namespace {
+
+struct Object {
+  PyObject_HEAD StreamShape shape;
+  std::unique_ptr<Stepper> stepper;
+  std::vector<uint8_t> active;  // [B], of the call that runs
+  PyObject* like = nullptr;     // a tensor of y's sizes: what is made like it costs half of what sizes do
+  bool long_steps = false;      // such that other Python threads should run meanwhile
+  std::atomic_flag busy = ATOMIC_FLAG_INIT;
+};
+
+Object* own(PyObject* self) { return reinterpret_cast<Object*>(self); }
+
+// One call at a time: two threads would find states half written.
+class Turn {
+ public:
+  explicit Turn(PyObject* self) : busy_(own(self)->busy), taken_(!busy_.test_and_set(std::memory_order_acquire)) {
+    if (!taken_)
+      PyErr_SetString(PyExc_RuntimeError,
+                      "this Stream is in use by another thread: give every thread a Stream of its own, or let them "
+                      "take turns");
+  }
+  ~Turn() {
+    if (taken_) busy_.clear(std::memory_order_release);
+  }
+  Turn(const Turn&) = delete;
+  Turn& operator=(const Turn&) = delete;
+  explicit operator bool() const { return taken_; }
+
+ private:
+  std::atomic_flag& busy_;
+  bool taken_;
+};
+
+bool arguments(const char* name, Py_ssize_t wanted, Py_ssize_t count) {
+  if (count != wanted) PyErr_Format(PyExc_TypeError, "%s takes %zd arguments, got %zd", name, wanted, count);
+  return count == wanted;
+}
+
+// The rows that a call is for: None, a bool mask [B], or int64 indices without repetition.
+bool choose_rows(Object* o, PyObject* rows, const uint8_t** active) {
+  *active = nullptr;
+  if (rows == Py_None) return true;
+  View view;
+  if (!view.open(rows) || view.ndim() != 1) return false;
+  const int64_t B = o->shape.B, given = view.size(0);
+  if (view.is(kDLBool, 8, &B, 1)) {
+    // A copy, for another thread may write to the mask while the call runs.
+    const uint8_t* mask = static_cast<const uint8_t*>(view.data());
+    o->active.assign(mask, mask + B);
+  } else if (view.is(kDLInt, 64, &given, 1)) {
+    o->active.assign(B, 0);
+    const int64_t* index = static_cast<const int64_t*>(view.data());
+    for (int64_t i = 0; i < given; i++) {
+      int64_t row = index[i] < 0 ? index[i] + B : index[i];
+      if (row < 0 || row >= B || o->active[row]) return false;
+      o->active[row] = 1;
+    }
+  } else {
+    return false;
+  }
+  *active = o->active.data();
+  return true;
+}
+
+void run(Object* o, const StreamCall& call, bool alone) {
+  if (alone) return o->stepper->run(call);
+  PyThreadState* released = PyEval_SaveThread();
+  o->stepper->run(call);
+  PyEval_RestoreThread(released);
+}
+
+// step(x, rows, out) -> y or None
+PyObject* step(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+  if (!arguments("step", 3, count)) return nullptr;
+  Object* o = own(self);
+  const StreamShape& s = o->shape;
+  const int64_t x_sizes[] = {s.B, s.I}, y_sizes[] = {s.B, s.P};
+  StreamCall call;
+  View x, y;
+  if (!x.open(args[0]) || !x.is(s.dtype, x_sizes, 2)) Py_RETURN_NONE;
+  bool given = args[2] != Py_None;
+  if (given && (!y.open(args[2]) || !y.is(s.dtype, y_sizes, 2))) Py_RETURN_NONE;
+  Turn turn(self);
+  if (!turn) return nullptr;
+  if (!choose_rows(o, args[1], &call.active)) Py_RETURN_NONE;
+  call.x = x.data(), call.x_b = s.I, call.y_b = s.P;
+  if (given) call.y = y.data();
+  if (!given && !o->like && !(o->like = fresh(args[0], y_sizes, 2, false, &call.y))) return nullptr;
+  PyObject* result = given ? Py_NewRef(args[2]) : fresh(o->like, y_sizes, 2, false, &call.y);
+  if (result) run(o, call, !o->long_steps);
+  return result;
+}
+
+// run(x, y, batch_first) -> whether it fits: x [T, B, I] and y [T, B, P], or [B, T, ...]
+PyObject* run_chunk(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+  if (!arguments("run", 3, count)) return nullptr;
+  Object* o = own(self);
+  const StreamShape& s = o->shape;
+  bool batch_first = args[2] == Py_True;
+  StreamCall call;
+  View x, y;
+  if (!x.open(args[0]) || x.ndim() != 3 || !y.open(args[1])) Py_RETURN_FALSE;
+  int64_t T = call.T = x.size(batch_first), first = batch_first ? s.B : T, second = batch_first ? T : s.B;
+  const int64_t x_sizes[] = {first, second, s.I}, y_sizes[] = {first, second, s.P};
+  if (!x.is(s.dtype, x_sizes, 3) || !y.is(s.dtype, y_sizes, 3)) Py_RETURN_FALSE;
+  Turn turn(self);
+  if (!turn) return nullptr;
+  int64_t rows_apart = batch_first ? T : 1, steps_apart = batch_first ? 1 : s.B;
+  call.x = x.data(), call.x_t = steps_apart * s.I, call.x_b = rows_apart * s.I;
+  call.y = y.data(), call.y_t = steps_apart * s.P, call.y_b = rows_apart * s.P;
+  run(o, call, false);
+  Py_RETURN_TRUE;
+}
+
+// pack(w_ih, w_hh, b_ih, b_hh, w_hr, s_ih, s_hh, s_hr of every layer) -> whether they fit
+PyObject* pack(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+  Object* o = own(self);
+  const StreamShape& s = o->shape;
+  constexpr int kPerLayer = 8;
+  if (!arguments("pack", kPerLayer * s.layers, count)) return nullptr;
+  const int64_t rows = (s.cell == Cell::lstm ? 4 : s.cell == Cell::gru ? 3 : 1) * s.H;
+  const DType sums = s.dtype == DType::f64 ? DType::f64 : DType::f32;
+  std::vector<StreamLayer> layers(s.layers);
+  auto weights = [&](PyObject* object, int64_t height, int64_t width, const void** data) {
+    const int64_t sizes[] = {height, width};
+    View view;
+    if (!view.open(object)) return false;
+    *data = view.data();
+    if (s.form == Form::int8) return view.is(kDLInt, 8, sizes, 2);
+    return view.is(s.form == Form::bf16 ? DType::bf16 : sums, sizes, 2);
+  };
+  auto scales = [&](PyObject* object, int64_t height, const float** data) {
+    const void* found = nullptr;
+    bool fits = address(object, DType::f32, &height, 1, &found);
+    *data = static_cast<const float*>(found);
+    return fits && (found != nullptr) == (s.form == Form::int8);
+  };
+  for (int64_t k = 0; k < s.layers; k++, args += kPerLayer) {
+    StreamLayer& l = layers[k];
+    if (!weights(args[0], rows, k ? s.P : s.I, &l.w_ih) || !weights(args[1], rows, s.P, &l.w_hh) ||
+        !address(args[2], sums, &rows, 1, &l.b_ih) || !address(args[3], sums, &rows, 1, &l.b_hh) ||
+        !scales(args[5], rows, &l.s_ih) || !scales(args[6], rows, &l.s_hh))
+      Py_RETURN_FALSE;
+    if (s.projected && (!weights(args[4], s.P, s.H, &l.w_hr) || !scales(args[7], s.P, &l.s_hr))) Py_RETURN_FALSE;
+  }
+  Turn turn(self);
+  if (!turn) return nullptr;
+  o->stepper->pack(layers.data());
+  Py_RETURN_TRUE;
+}
+
+// read(h, c) -> whether they fit: [layers, B, width], c only of LSTM
+PyObject* read(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+  if (!arguments("read", 2, count)) return nullptr;
+  const StreamShape& s = own(self)->shape;
+  const int64_t h_sizes[] = {s.layers, s.B, s.P}, c_sizes[] = {s.layers, s.B, s.H};
+  bool two = s.cell == Cell::lstm;
+  View h, c;
+  if (!h.open(args[0]) || !h.is(s.dtype, h_sizes, 3)) Py_RETURN_FALSE;
+  if (two && (!c.open(args[1]) || !c.is(s.dtype, c_sizes, 3))) Py_RETURN_FALSE;
+  Turn turn(self);
+  if (!turn) return nullptr;
+  own(self)->stepper->read(0, h.data());
+  if (two) own(self)->stepper->read(1, c.data());
+  Py_RETURN_TRUE;
+}
+
+// write(h, c, rows) -> whether they fit; None for zero
+PyObject* write(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+  if (!arguments("write", 3, count)) return nullptr;
+  const StreamShape& s = own(self)->shape;
+  const int64_t h_sizes[] = {s.layers, s.B, s.P}, c_sizes[] = {s.layers, s.B, s.H};
+  const void *h = nullptr, *c = nullptr;
+  const uint8_t* active;
+  if (!address(args[0], s.dtype, h_sizes, 3, &h) || !address(args[1], s.dtype, c_sizes, 3, &c)) Py_RETURN_FALSE;
+  Turn turn(self);
+  if (!turn) return nullptr;
+  if (!choose_rows(own(self), args[2], &active)) Py_RETURN_FALSE;
+  own(self)->stepper->write(0, h, active);
+  if (s.cell == Cell::lstm) own(self)->stepper->write(1, c, active);
+  Py_RETURN_TRUE;
+}
+
+// Stream(isa, cell, dtype, form, layers, B, I, H, P, projected): nothing packed yet, states zero.
+PyObject* create(PyTypeObject* type, PyObject* args, PyObject*) {
+  const char* isa;
+  int cell, dtype, form, projected;
+  StreamShape s;
+  long long layers, B, I, H, P;
+  if (!PyArg_ParseTuple(args, "siiiLLLLLp", &isa, &cell, &dtype, &form, &layers, &B, &I, &H, &P, &projected))
+    return nullptr;
+  s.cell = Cell(cell), s.dtype = DType(dtype), s.form = Form(form), s.projected = projected != 0;
+  s.layers = layers, s.B = B, s.I = I, s.H = H, s.P = P;
+  if (s.dtype == DType::f64 && s.form != Form::whole)
+    return PyErr_Format(PyExc_ValueError, "float64 has whole weights only");
+  if (!bound()) return PyErr_Format(PyExc_RuntimeError, "bind was not called");
+  PyObject* self = type->tp_alloc(type, 0);
+  if (!self) return nullptr;
+  Object* o = own(self);
+  new (&o->shape) StreamShape(s);
+  new (&o->stepper) std::unique_ptr<Stepper>();
+  new (&o->active) std::vector<uint8_t>();
+  new (&o->busy) std::atomic_flag();
+  o->busy.clear();
+  constexpr int64_t kLong = 1000 * 1000;  // multiplications: 20 us and more, beside which a lock's hand-over is small
+  o->long_steps = s.layers * s.B * (s.cell == Cell::lstm ? 4 : 3) * s.H * (s.P + (s.layers > 1 ? s.P : s.I)) > kLong;
+  try {
+    o->active.reserve(s.B);
+    o->stepper.reset(choose_kernels(isa).stepper(s));
+  } catch (const std::exception& error) {
+    Py_DECREF(self);
+    return PyErr_Format(PyExc_RuntimeError, "%s", error.what());
+  }
+  return self;
+}
+
+void destroy(PyObject* self) {
+  Object* o = own(self);
+  PyTypeObject* type = Py_TYPE(self);
+  Py_XDECREF(o->like);
+  o->active.~vector();
+  o->stepper.~unique_ptr();
+  type->tp_free(self);
+  Py_DECREF(type);
+}
+
+PyMethodDef kMethods[] = {fast<step>("step"), fast<run_chunk>("run"), fast<pack>("pack"),
+                          fast<read>("read"), fast<write>("write"),   {nullptr, nullptr, 0, nullptr}};
+
+PyType_Slot kSlots[] = {{Py_tp_new, reinterpret_cast<void*>(create)},
+                        {Py_tp_dealloc, reinterpret_cast<void*>(destroy)},
+                        {Py_tp_methods, kMethods},
+                        {0, nullptr}};
+
+PyType_Spec kSpec = {"rnnkern._cpu.Stream", sizeof(Object), 0, Py_TPFLAGS_DEFAULT, kSlots};
+
+}  // namespace
+
+PyObject* stream_type() { return PyType_FromSpec(&kSpec); }
+
+}  // namespace rnnkern
