@@ -2,6 +2,7 @@
 
 from rnnkern import functional
 from rnnkern._override import override
+from rnnkern._tbptt import tbptt
 from rnnkern.convert import accelerate, restore
 from rnnkern.dispatch import backends, use_backend
 from rnnkern.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
@@ -20,5 +21,6 @@ __all__ = [
     "functional",
     "override",
     "restore",
+    "tbptt",
     "use_backend",
 ]

@@ -14,7 +14,7 @@ from rnnkern import _ops, dispatch
 from rnnkern._fold import Fold, Mapped, one_by_one, sample
 from rnnkern._plan import Plan, shape_only
 from rnnkern._run import real, run_reference, scan_arguments, unwatched
-from rnnkern._segments import backward_in_segments, steps_of_a_segment
+from rnnkern._segments import backward_in_segments, edges_of_backward, in_order, saved
 from rnnkern._tangents import LayerTangents, beneath_forward_mode, differentiable, placed, serves
 from rnnkern._weights import layer_gradients
 from rnnkern.backends.base import ScanGrads, ScanOutputs
@@ -53,11 +53,11 @@ class LayerBackward(torch.autograd.Function):
         direct = unwatched() and real(tensors)
         if direct:
             outputs = ScanOutputs(y, (), tuple(seq), planes, hidden)
-            steps = steps_of_a_segment(plan, inputs, x.shape[-1])
-            if steps < T:
-                run = dispatch.backend(backend)
-                return tuple(backward_in_segments(plan, run, inputs, outputs, d, x, w_ih, wanted, steps))
-            grads = dispatch.backend(backend).backward(inputs, outputs, d[0], d[1 : 1 + K], d[1 + K :])
+            run, edges = dispatch.backend(backend), edges_of_backward(plan, inputs, x.shape[-1])
+            if len(edges) > 2:
+                segments, cut = in_order(inputs, edges), saved(inputs, outputs)
+                return tuple(backward_in_segments(plan, run, segments, cut, d, x, w_ih, wanted))
+            grads = run.backward(inputs, outputs, d[0], d[1 : 1 + K], d[1 + K :])
         else:
             flat = _ops.scan_backward(
                 plan.text, backend, T, B, list(d), y, seq, planes, hidden, *scan_arguments(inputs)
@@ -198,6 +198,31 @@ def gradients_in_torch(
     grads = REFERENCE.backward(inputs, out, d[0], tuple(d[1 : 1 + K]), tuple(d[1 + K :]))
     w_ih, _ = plan.projection(args)
     return layer_gradients(plan, inputs, x, w_ih, out.y, out.hidden, grads, asked, in_place=False)
+
+
+def materialized(plan: Plan, d: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """dy, dfinal and dseq of the layer with these inputs, as the scan's backward takes them: what is None is zero."""
+    x, K, at = inputs[0], len(plan.cell.states), 1 + plan.first_state
+    states = inputs[at : at + K]
+    dy = d[0]
+    if dy is None:
+        shape = x.shape[0], len(plan.spec.reverse), states[0].shape[-1]
+        dy = torch.zeros((), dtype=x.dtype, device=x.device).expand(shape)
+    dfinal = (torch.zeros_like(s) if v is None else v for v, s in zip(d[1 : 1 + K], states, strict=True))
+    dseq = (s.new_empty(0) if v is None else v for v, s in zip(d[1 + K : 2 * K], states[1:], strict=True))
+    return dy, *dfinal, *dseq
+
+
+def once() -> bool:
+    """Whether nobody differentiates again what a backward computes now; a traced graph needs no second Function."""
+    return torch.compiler.is_compiling() or not (torch.is_grad_enabled() or torch._C._are_functorch_transforms_active())
+
+
+def legacy_batched(d: Sequence[Tensor | None]) -> bool:
+    """autograd.grad(is_grads_batched=True) maps by the older vmap, which knows no Function and no backend."""
+    return not torch.compiler.is_compiling() and any(
+        v is not None and torch._C._functorch.is_legacy_batchedtensor(v) for v in d
+    )
 
 
 def tangents_along(

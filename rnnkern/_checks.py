@@ -227,3 +227,8 @@ def cell(
         raise RuntimeError(
             f"{title}: input and weights must have the same dtype, but got {input.dtype} and {w_ih.dtype}"
         )
+
+
+def memory(word: str) -> None:
+    if word not in ("save", "recompute"):
+        raise ValueError(f"memory: expected 'save' or 'recompute', got {word!r}")

@@ -1,13 +1,15 @@
-"""A layer's backward, segment of time by segment of time, where gate gradients of the whole would be too much memory.
+"""A layer's scan and its backward, segment of time by segment of time, so that one segment's memory serves all.
 
-A cell with `split` gates writes them twice, dgx and dgh: 6 of the 12 units of T*B*H that a GRU's training step would
-hold. They live only for the GEMMs that read them, so one segment's memory serves all.
+Two uses. A cell with `split` gates writes gate gradients twice, dgx and dgh: 6 of the 12 units of T*B*H that a GRU's
+training step would hold; they live only for the GEMMs that read them, so its backward runs in a few segments where it
+can. And ``memory="recompute"`` (_recompute.py) makes each segment's forward anew before its backward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +22,17 @@ SEGMENTS = 3  # enough to need no more memory than torch.nn; each packs the weig
 SMALLEST = 2**20  # bytes of gate gradients; with less there is nothing to save
 
 
-def steps_of_a_segment(plan: Plan, inputs: ScanInputs, width: int) -> int:
-    """How many; T where the sequence is better taken whole. `width` is that of x.
+class Segment(NamedTuple):
+    """Steps `begin` to `end` of a scan, and the rows that they are."""
+
+    number: int
+    begin: int
+    end: int
+    rows: slice
+
+
+def edges_of_backward(plan: Plan, inputs: ScanInputs, width: int) -> list[int]:
+    """Where the backward of a scan is cut; [0, T] where the sequence is better taken whole. `width` is that of x.
 
     All groups must walk the same way, over rows that all exist, and what one segment leaves to the next must not be
     rounded on the way. Each segment makes weight gradients to add up: with few rows they outweigh what is saved.
@@ -33,72 +44,92 @@ def steps_of_a_segment(plan: Plan, inputs: ScanInputs, width: int) -> int:
     able = one_way and dense and exact and not spec.noise and not plan.samples and inputs.gx.device.type == "cpu"
     large = 2 * S * N * columns * inputs.gx.element_size() >= SMALLEST
     saves = 2 * S * (SEGMENTS - 1) > SEGMENTS * (width + inputs.states[0].shape[-1])
-    if not (plan.cell.split and able and large and saves):
-        return inputs.T
-    return -(-inputs.T // SEGMENTS)
+    return evenly(inputs.T, SEGMENTS if plan.cell.split and able and large and saves else 1)
+
+
+def evenly(T: int, count: int) -> list[int]:
+    """Edges of `count` segments whose lengths differ by one step at most: a short one would run by other kernels."""
+    return [T * k // count for k in range(count + 1)]
+
+
+def in_order(inputs: ScanInputs, edges: Sequence[int]) -> list[Segment]:
+    """The segments of a scan whose groups all walk the same way, in the order of their walk."""
+    if inputs.offsets is None:
+        rows = [t * inputs.B for t in edges]
+    else:
+        rows = [*inputs.offsets[list(edges[:-1])].tolist(), inputs.gx.shape[0]]
+    steps = zip(edges, edges[1:], rows, rows[1:], strict=False)
+    found = [Segment(k, begin, end, slice(first, last)) for k, (begin, end, first, last) in enumerate(steps)]
+    return found[::-1] if inputs.spec.reverse[0] else found
+
+
+def part(inputs: ScanInputs, segment: Segment, states: tuple[Tensor, ...]) -> ScanInputs:
+    """The scan of one segment, entered with `states`."""
+    _, begin, end, rows = segment
+    offsets, lengths, reset = inputs.offsets, inputs.lengths, inputs.reset
+    return replace(
+        inputs,
+        T=end - begin,
+        gx=inputs.gx[rows],
+        states=states,
+        offsets=None if offsets is None else offsets[begin:end] - rows.start,
+        lengths=None if lengths is None else (lengths - begin).clamp(0, end - begin),
+        reset=None if reset is None else reset[rows],
+        noise=tuple(m if name == "h" else m[rows] for name, m in zip(inputs.spec.noise, inputs.noise, strict=True)),
+    )
+
+
+def saved(inputs: ScanInputs, outputs: ScanOutputs) -> Callable[[Segment], tuple[ScanInputs, ScanOutputs]]:
+    """What `backward_in_segments` asks for, cut from the scan of a dense whole."""
+    B, reverse = inputs.B, inputs.spec.reverse[0]
+
+    def cut(segment: Segment) -> tuple[ScanInputs, ScanOutputs]:
+        rows, states = segment.rows, inputs.states
+        before = segment.end if reverse else segment.begin - 1
+        if 0 <= before < inputs.T:
+            left = slice(before * B, (before + 1) * B)
+            states = tuple(v[left].transpose(0, 1) for v in (outputs.y, *outputs.seq))
+        return part(inputs, segment, states), ScanOutputs(
+            outputs.y[rows],
+            (),
+            tuple(v[rows] for v in outputs.seq),
+            outputs.planes[rows] if outputs.planes.numel() else outputs.planes,
+            outputs.hidden[rows] if outputs.hidden.numel() else outputs.hidden,
+        )
+
+    return cut
 
 
 def backward_in_segments(
     plan: Plan,
     backend: Backend,
-    inputs: ScanInputs,
-    outputs: ScanOutputs,
+    segments: Sequence[Segment],
+    scan_of: Callable[[Segment], tuple[ScanInputs, ScanOutputs]],
     d: Sequence[Tensor],
     x: Tensor,
     w_ih: Sequence[Tensor],
     wanted: Sequence[bool],
-    steps: int,
+    dx: Tensor | None = None,
 ) -> list[Tensor | None]:
-    """What `layer_gradients` gives for the whole."""
+    """What `layer_gradients` gives for the whole. Where `dx` is given, the gradient of x is added to it."""
     K = len(plan.cell.states)
     dy, dfinal, dseq = d[0], tuple(d[1 : 1 + K]), tuple(d[1 + K :])
-    dx = torch.empty_like(x) if wanted[0] else None
+    add, dx = dx is not None, torch.empty_like(x) if dx is None and wanted[0] else dx
     total: list[Tensor | None] = [None] * len(wanted)
     state_at, weight_at = 1 + plan.first_state, 1 + plan.first_weight
-    for begin, end in _walk_back(inputs.T, steps, plan.spec.reverse[0]):
-        part, kept = _part(inputs, outputs, begin, end)
-        rows = slice(begin * inputs.B, end * inputs.B)
+    for segment in reversed(segments):
+        inputs, kept = scan_of(segment)
+        rows = segment.rows
         dseq_part = tuple(v[rows] if v.dim() > 1 else v for v in dseq)
-        grads = backend.backward(part, kept, dy[rows], dfinal, dseq_part)
+        grads = backend.backward(inputs, kept, dy[rows], dfinal, dseq_part)
         dfinal = grads.dstates
-        found = layer_gradients(plan, part, x[rows], w_ih, kept.y, kept.hidden, grads, wanted, in_place=True)
+        found = layer_gradients(plan, inputs, x[rows], w_ih, kept.y, kept.hidden, grads, wanted, in_place=True)
         if dx is not None and found[0] is not None:
-            dx[rows] = found[0]
+            dx[rows] = dx[rows].add_(found[0]) if add else found[0]
         total[state_at : state_at + K] = found[state_at : state_at + K]
         for at in (*range(state_at + K, state_at + K + plan.resets), *range(weight_at, len(wanted))):
             new, sum_so_far = found[at], total[at]
             total[at] = new if sum_so_far is None or new is None else sum_so_far.add_(new)
-        del grads, found  # before the next segment's are made
+        del grads, found, inputs, kept  # before the next segment's are made
     total[0] = dx
     return total
-
-
-def _walk_back(T: int, steps: int, reverse: bool) -> Iterator[tuple[int, int]]:
-    begins = range(0, T, steps)
-    for begin in begins if reverse else reversed(begins):
-        yield begin, min(begin + steps, T)
-
-
-def _part(inputs: ScanInputs, outputs: ScanOutputs, begin: int, end: int) -> tuple[ScanInputs, ScanOutputs]:
-    """The scan of the steps from `begin` to `end`, entered with what the steps before them left."""
-    B, reverse = inputs.B, inputs.spec.reverse[0]
-    rows = slice(begin * B, end * B)
-    before = end if reverse else begin - 1
-    states = inputs.states
-    if 0 <= before < inputs.T:
-        left = slice(before * B, (before + 1) * B)
-        states = tuple(v[left].transpose(0, 1) for v in (outputs.y, *outputs.seq))
-    part = replace(
-        inputs,
-        T=end - begin,
-        gx=inputs.gx[rows],
-        states=states,
-        reset=None if inputs.reset is None else inputs.reset[rows],
-    )
-    return part, ScanOutputs(
-        outputs.y[rows],
-        (),
-        tuple(v[rows] for v in outputs.seq),
-        outputs.planes[rows] if outputs.planes.numel() else outputs.planes,
-        outputs.hidden[rows] if outputs.hidden.numel() else outputs.hidden,
-    )

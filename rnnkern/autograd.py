@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from rnnkern import _ops, dispatch
-from rnnkern._backward import LayerBackward, gradients_in_torch, tangents_of
+from rnnkern._backward import LayerBackward, gradients_in_torch, legacy_batched, materialized, once, tangents_of
 from rnnkern._fold import Fold, Mapped, one_by_one, sample
 from rnnkern._plan import Plan, cached_plan, make_plan, shape_only
+from rnnkern._recompute import Recomputed
 from rnnkern._run import (
     forward_levels,
     holds_numbers,
@@ -35,7 +36,6 @@ from rnnkern._tangents import beneath_forward_mode, differentiable, outputs_alon
 from rnnkern.backends.base import ScanInputs
 
 _wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 class Group(NamedTuple):
@@ -65,6 +65,7 @@ def layer(
     scales: tuple[float, ...] = (),
     keep_states: bool = False,
     backend: str | None = None,
+    memory: str = "save",
     **spec_options: Any,
 ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """One layer in all its directions.
@@ -81,6 +82,7 @@ def layer(
         noise_names, scales: one per mask; scales default to 1.
         keep_states: whether the states after every step are wanted.
         backend: None for the choice of dispatch.choose.
+        memory: "recompute" keeps less for the backward (_recompute.py), where no trace or transform is at work.
         spec_options: further fields of ScanSpec.
 
     Returns:
@@ -145,6 +147,9 @@ def layer(
     if (compiling and transformed_in_a_trace()) or (transformed and forward_levels() > 1):
         out = run_reference(plan, T, B, x, tuple(tensors[1:]))[1]
         return out.y, out.final, out.seq if keep_states else ()
+    if memory == "recompute" and direct:
+        outputs = Recomputed.apply(plan, backend, keep_states, T, B, *tensors)
+        return outputs[0], outputs[1 : 1 + K], outputs[1 + K :]
     if compiling:  # without a gradient Dynamo takes a forward with *args for one that wants a context
         run = Layer.apply if graded else Layer.forward
     else:
@@ -189,29 +194,13 @@ class Layer(torch.autograd.Function):
     @staticmethod
     def _backward(ctx: Any, d: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
         plan, saved = ctx.plan, ctx.saved_tensors
-        y, K, at = saved[ctx.count], len(plan.cell.states), 1 + plan.first_state
-        states = saved[at : at + K]
-        dy = d[0] if d[0] is not None else torch.zeros((), dtype=y.dtype, device=y.device).expand(y.shape)
-        dfinal = [torch.zeros_like(s) if v is None else v for v, s in zip(d[1 : 1 + K], states, strict=True)]
-        dseq = [s.new_empty(0) if v is None else v for v, s in zip(d[1 + K : 2 * K], states[1:], strict=True)]
-        # A traced graph, and one that nobody differentiates again, need no second Function.
-        once = torch.compiler.is_compiling() or not (
-            torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
-        )
-        run = LayerBackward.forward if once else LayerBackward.apply
-        wanted = ctx.needs_input_grad[5:]
         outputs, inputs = saved[ctx.count :], saved[: ctx.count]
-        # autograd.grad(is_grads_batched=True) maps by the older vmap, which knows no Function and no backend.
-        if not torch.compiler.is_compiling() and any(v is not None and _batched(v) for v in d):
-            return (
-                None,
-                None,
-                None,
-                None,
-                None,
-                *gradients_in_torch(plan, ctx.T, ctx.B, wanted, (dy, *dfinal, *dseq), inputs),
-            )
-        grads = run(plan, ctx.backend, ctx.T, ctx.B, wanted, ctx.count, dy, *dfinal, *dseq, *outputs, *inputs)
+        given, wanted = materialized(plan, d, inputs), ctx.needs_input_grad[5:]
+        if legacy_batched(d):
+            grads: Sequence[Tensor | None] = gradients_in_torch(plan, ctx.T, ctx.B, wanted, given, inputs)
+        else:
+            run = LayerBackward.forward if once() else LayerBackward.apply
+            grads = run(plan, ctx.backend, ctx.T, ctx.B, wanted, ctx.count, *given, *outputs, *inputs)
         return None, None, None, None, None, *grads
 
     @staticmethod

@@ -129,6 +129,8 @@ def _swap(module: torch.nn.Module, old: type, new: type) -> bool:
 
 def _beyond_torch(module: torch.nn.Module) -> str | None:
     """What in one of our modules torch.nn lacks; None if nothing, or if the module is not ours."""
+    if isinstance(module, (nn.RNN, nn.LSTM, nn.GRU)) and module.memory != "save":
+        return f"memory={module.memory!r}"
     for _, ours in PAIRS:
         if isinstance(module, ours) and parametrize.type_before_parametrizations(module) is not ours:
             return f"{type(module).__qualname__} is a subclass of rnnkern.{ours.__name__}"

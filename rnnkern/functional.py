@@ -41,6 +41,7 @@ def rnn_tanh(
     reset: Tensor | None = None,
     reset_state: Tensor | None = None,
     return_states: bool = False,
+    memory: str = "save",
 ) -> tuple[Any, ...]:
     r"""Elman network with tanh, :math:`h_t = \tanh(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh})`.
 
@@ -66,6 +67,7 @@ def rnn_relu(
     reset: Tensor | None = None,
     reset_state: Tensor | None = None,
     return_states: bool = False,
+    memory: str = "save",
 ) -> tuple[Any, ...]:
     r"""Elman network with ReLU, :math:`h_t = \max(0, W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh})`.
 
@@ -91,6 +93,7 @@ def gru(
     reset: Tensor | None = None,
     reset_state: Tensor | None = None,
     return_states: bool = False,
+    memory: str = "save",
 ) -> tuple[Any, ...]:
     r"""Gated recurrent unit, in the form of torch.nn and cuDNN (reset gate after the product).
 
@@ -116,6 +119,7 @@ def lstm(
     reset: Tensor | None = None,
     reset_state: tuple[Tensor, Tensor] | None = None,
     return_states: bool = False,
+    memory: str = "save",
 ) -> tuple[Any, ...]:
     r"""Long short-term memory; equations: :class:`rnnkern.LSTM`.
 
@@ -137,6 +141,7 @@ def lstm(
             crosses between t-1 and t, in either direction; at the first step it replaces `hx` for the forward one.
         reset_state: states with which segments begin, sized as `hx` or with batch size 1; None: zeros.
         return_states: also return all states of all layers.
+        memory: ``"recompute"`` keeps less for the backward, as in :class:`rnnkern.LSTM`.
 
     Shape:
         - input: `(L, N, I)`, `(N, L, I)` with `batch_first`, `(L, I)` unbatched, `(sum of lengths, I)` packed.
@@ -165,7 +170,7 @@ def lstm(
     y, final, states = run(
         "lstm", input, None if hx is None else (hx[0], hx[1]), params, bias, num_layers, dropout, training,
         bidirectional, batch_first, batch_sizes, lengths, reset,
-        None if reset_state is None else (reset_state[0], reset_state[1]), return_states,
+        None if reset_state is None else (reset_state[0], reset_state[1]), return_states, memory,
     )  # fmt: skip
     return (y, final, states) if return_states else (y, final)
 
@@ -193,6 +198,7 @@ def run(
     reset: Tensor | None = None,
     reset_state: States | None = None,
     return_states: bool = False,
+    memory: str = "save",
 ) -> tuple[Tensor, States, tuple[States, ...]]:
     """What the modules and the functions above share: (output, final states, states of every layer or nothing)."""
     if batch_sizes is not None and torch.compiler.is_compiling():
@@ -244,13 +250,14 @@ def run(
             _checks.alike(input, reset_state, "reset_state", low is None)
     elif reset_state is not None:
         raise ValueError("reset_state: only together with reset, the mask that says where it is used")
+    _checks.memory(memory)
 
     backend = None
     stacked = dispatch.Sizes(I, H, num_layers, D, proj) if input.is_cuda else None
     if dispatch.wants_torch(input.device, low or input.dtype, cell, B, packed, T, stacked):
         from rnnkern.backends import torch as torch_kernels
 
-        fits = dispatch.may_torch(torch_kernels.cannot(lengths is not None, reset is not None, return_states))
+        fits = dispatch.may_torch(torch_kernels.cannot(lengths is not None, reset is not None, return_states, memory))
         if torch_kernels.transformed():
             backend = "reference" if dispatch.requested() == "torch" else None
         elif fits:
@@ -275,7 +282,7 @@ def run(
         offsets, lengths = _layouts.packed(batch_sizes, B, input.device)
     arguments = (
         cell, x, hx, params, per, bias, num_layers, dropout if training else 0.0, D, T, sizes,
-        offsets, lengths, reset, reset_state, return_states, backend,
+        offsets, lengths, reset, reset_state, return_states, backend, memory,
     )  # fmt: skip
     if low is not None:
         with torch.autocast(input.device.type, enabled=False):
@@ -322,6 +329,7 @@ def stack(
     reset_state: States | None = None,
     return_states: bool = False,
     backend: str | None = None,
+    memory: str = "save",
 ) -> tuple[Tensor, States, tuple[States, ...]]:
     """Layers times directions over rows `x` [S, I]; c is in the accumulation dtype in `final`, in x's in the states."""
     B = sizes[0][1]
@@ -351,7 +359,8 @@ def stack(
             segment = tuple(h[k * D : (k + 1) * D] for h in restart)
         y, final, seq = layer(
             cell, x.unsqueeze(1), entering, tuple(groups), reverse, T, B, param_names=names, offsets=offsets,
-            lengths=lengths, reset=reset, reset_states=segment, keep_states=keep, backend=backend, precision=precision,
+            lengths=lengths, reset=reset, reset_states=segment, keep_states=keep, backend=backend, memory=memory,
+            precision=precision,
         )  # fmt: skip
         x = y.flatten(1)
         finals.append(final)

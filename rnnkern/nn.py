@@ -45,6 +45,7 @@ class RNN(torch.nn.RNN):
             Default: ``False``
         dropout: probability of dropout on the outputs of every layer but the last, in training. Default: 0
         bidirectional: whether every layer also runs from the end to the start. Default: ``False``
+        memory: ``"save"`` or ``"recompute"``, see :class:`LSTM`. Default: ``"save"``
         device: where the parameters live.
         dtype: dtype of the parameters.
 
@@ -71,6 +72,14 @@ class RNN(torch.nn.RNN):
     """
 
     __prepare_scriptable__ = _not_scriptable
+    memory = "save"  # of the class: accelerate(model) makes instances without it
+
+    def __init__(self, *args: Any, memory: str = "save", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _remember(self, memory)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + _beyond(self)
 
     def forward(  # type: ignore[override]
         self,
@@ -113,6 +122,11 @@ class LSTM(torch.nn.LSTM):
             torch.nn's masks. Default: 0
         bidirectional: whether every layer also runs from the end to the start. Default: ``False``
         proj_size: if above 0, features of `h` after a projection; smaller than `hidden_size`. Default: 0
+        memory: ``"save"`` keeps for the backward what it reads; ``"recompute"`` keeps the input and, about
+            :math:`\sqrt{L}` times over the sequence, the states, and computes the rest again segment by segment: long
+            sequences in a fraction of the memory, for another forward's time. Same results. No difference without a
+            gradient to come, in graphs of torch.compile, under transforms of :mod:`torch.func` and in forward mode,
+            and for one or two steps of RNN and GRU. Default: ``"save"``
         device: where the parameters live.
         dtype: dtype of the parameters.
 
@@ -160,6 +174,14 @@ class LSTM(torch.nn.LSTM):
     """
 
     __prepare_scriptable__ = _not_scriptable
+    memory = "save"  # of the class: accelerate(model) makes instances without it
+
+    def __init__(self, *args: Any, memory: str = "save", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _remember(self, memory)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + _beyond(self)
 
     def forward(  # type: ignore[override]
         self,
@@ -201,6 +223,7 @@ class GRU(torch.nn.GRU):
             Default: ``False``
         dropout: probability of dropout on the outputs of every layer but the last, in training. Default: 0
         bidirectional: whether every layer also runs from the end to the start. Default: ``False``
+        memory: ``"save"`` or ``"recompute"``, see :class:`LSTM`. Default: ``"save"``
         device: where the parameters live.
         dtype: dtype of the parameters.
 
@@ -227,6 +250,14 @@ class GRU(torch.nn.GRU):
     """
 
     __prepare_scriptable__ = _not_scriptable
+    memory = "save"  # of the class: accelerate(model) makes instances without it
+
+    def __init__(self, *args: Any, memory: str = "save", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _remember(self, memory)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + _beyond(self)
 
     def forward(  # type: ignore[override]
         self,
@@ -401,6 +432,17 @@ class GRUCell(torch.nn.GRUCell):
         return _step(self, "gru", "GRUCell", input, None if hx is None else (hx,))[0]
 
 
+def _remember(module: RNN | LSTM | GRU, memory: str) -> None:
+    """Options of ours that are not the default: a module without them is torch.nn's in every attribute."""
+    _checks.memory(memory)
+    if memory != "save":
+        module.memory = memory
+
+
+def _beyond(module: RNN | LSTM | GRU) -> str:
+    return "" if module.memory == "save" else f", memory={module.memory}"
+
+
 def _weight(module: torch.nn.Module, name: str) -> Any:
     """``getattr(module, name)``, past Module.__getattr__ for the plain parameter that it nearly always is."""
     found = module._parameters.get(name)
@@ -408,7 +450,7 @@ def _weight(module: torch.nn.Module, name: str) -> Any:
 
 
 def _one_state(
-    module: torch.nn.RNNBase,
+    module: RNN | GRU,
     cell: str,
     input: Tensor | PackedSequence,
     hx: Tensor | None,
@@ -428,7 +470,7 @@ def _one_state(
 
 
 def _sequence(
-    module: torch.nn.RNNBase,
+    module: RNN | LSTM | GRU,
     cell: str,
     input: Tensor | PackedSequence,
     hx: tuple[Tensor, ...] | None,
@@ -452,6 +494,7 @@ def _sequence(
     y, final, states = functional.run(
         cell, data, hx, weights, module.bias, module.num_layers, module.dropout, module.training,
         module.bidirectional, module.batch_first, sizes, lengths, reset, reset_state, return_states,
+        module.memory,
     )  # fmt: skip
     if sizes is None:
         return (y, final, states) if return_states else (y, final)

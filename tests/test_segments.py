@@ -26,10 +26,10 @@ def test_same_gradients(
 ) -> None:
     call = with_resets(random_call(cell, T=T, P=P, reverse=reverse), reset).skip_if_refused(backend)
     truth = gradients(call.written_out(), call.tensors)
-    for steps in (1, 3, 4):
-        monkeypatch.setattr(_backward, "steps_of_a_segment", lambda *_, steps=steps: steps)
+    for count in (2, 3, T):
+        monkeypatch.setattr(_backward, "edges_of_backward", lambda *_, count=count: _segments.evenly(T, count))
         found = gradients(call.run(backend), call.tensors)
-        check_grad(found, truth, truth, f"{steps} steps a segment")
+        check_grad(found, truth, truth, f"{count} segments")
 
 
 def with_resets(call: Call, reset: str) -> Call:
@@ -41,7 +41,7 @@ def with_resets(call: Call, reset: str) -> Call:
 
 
 def test_only_some_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_backward, "steps_of_a_segment", lambda *_: 2)
+    monkeypatch.setattr(_backward, "edges_of_backward", lambda *_: _segments.evenly(T, 4))
     call = random_call("gru", T=T, reverse=(False,))
     whole = gradients(call.written_out(), call.tensors)
     for k, tensor in enumerate(call.tensors):
@@ -66,19 +66,27 @@ def test_taken_where_it_saves(module: torch.nn.RNNBase, taken: bool, monkeypatch
     chosen = []
 
     def watch(*args):  # type: ignore[no-untyped-def]
-        chosen.append(_segments.steps_of_a_segment(*args))
+        chosen.append(_segments.edges_of_backward(*args))
         return chosen[-1]
 
-    monkeypatch.setattr(_backward, "steps_of_a_segment", watch)
+    monkeypatch.setattr(_backward, "edges_of_backward", watch)
     dtype = module.weight_hh_l0.dtype
     for B, smallest in ((16, 2**10), (16, 2**30)):
         monkeypatch.setattr(_segments, "SMALLEST", smallest)
         module(torch.randn(40, B, module.input_size, dtype=dtype))[0].sum().backward()
-    assert chosen == [14 if taken else 40, 40]
+    assert chosen == [[0, 13, 26, 40] if taken else [0, 40], [0, 40]]
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("reverse", [False, True])
-def test_segments_follow_each_other_against_the_walk(reverse: bool) -> None:
-    parts = list(_segments._walk_back(7, 3, reverse))
-    assert sorted(parts) == [(0, 3), (3, 6), (6, 7)]
-    assert all((a[0] < b[0]) == reverse for a, b in pairwise(parts))
+def test_segments_are_in_the_order_of_the_walk(reverse: bool, packed: bool) -> None:
+    inputs = random_call("gru", T=T, B=2, reverse=(reverse,)).inputs()
+    rows = [0, 4, 8, 14]
+    if packed:  # the second sequence has three steps
+        inputs = replace(inputs, offsets=torch.tensor([0, 2, 4, 6, 7, 8, 9]), gx=inputs.gx[:10])
+        rows = [0, 4, 6 + 1, 10]
+    parts = _segments.in_order(inputs, _segments.evenly(T, 3))
+    assert all((a.begin < b.begin) != reverse for a, b in pairwise(parts))
+    parts.sort()
+    assert [(p.begin, p.end) for p in parts] == [(0, 2), (2, 4), (4, 7)]
+    assert [(p.rows.start, p.rows.stop) for p in parts] == list(pairwise(rows))

@@ -30,9 +30,10 @@ class Call(NamedTuple):
     autocast: torch.dtype | None  # the dtype of the autocast region it ran in
 
 
-def cannot(lengths: bool, reset: bool, return_states: bool) -> str:
+def cannot(lengths: bool, reset: bool, return_states: bool, memory: str) -> str:
     """What of these torch's kernels lack, as words; empty: nothing."""
-    asked = (("lengths=", lengths), ("reset=", reset), ("return_states=", return_states))
+    recompute = ('memory="recompute"', memory != "save")
+    asked = (("lengths=", lengths), ("reset=", reset), ("return_states=", return_states), recompute)
     return ", ".join(name for name, given in asked if given)
 
 
