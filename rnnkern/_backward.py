@@ -49,7 +49,7 @@ class LayerBackward(torch.autograd.Function):
         d, (y, *seq, planes, hidden), (x, *rest) = parts(plan, count, tensors)
         args, K = tuple(rest), len(plan.cell.states)
         w_ih, _ = plan.projection(args)
-        inputs = plan.inputs(T, B, shape_only(y, y.shape[0], len(w_ih), w_ih[0].shape[0]), args)
+        inputs = plan.inputs(T, B, shape_only(y, y.shape[0], len(plan.spec.reverse), plan.columns(args)), args)
         direct = unwatched() and real(tensors)
         if direct:
             outputs = ScanOutputs(y, (), tuple(seq), planes, hidden)
@@ -63,7 +63,7 @@ class LayerBackward(torch.autograd.Function):
                 plan.text, backend, T, B, list(d), y, seq, planes, hidden, *scan_arguments(inputs)
             )
             at = 4 + K + plan.resets
-            small = _ops.by_group(flat[at:], len(w_ih))
+            small = _ops.by_group(flat[at:], len(plan.spec.reverse))
             grads = ScanGrads(
                 flat[0], flat[1], flat[2], flat[3], tuple(flat[4 : 4 + K]), tuple(flat[4 + K : at]), small
             )

@@ -105,10 +105,14 @@ def alike(input: Tensor, others: Sequence[Tensor], name: str, dtype: bool) -> No
 
 
 def weights(
-    params: Sequence[Tensor], gates: int, bias: bool, layers: int, directions: int, may_project: bool
-) -> tuple[int, int, int, int]:
-    """The flat list of weights against the sizes that its first layer states: (I, H, P, tensors per group)."""
-    per = 2 + 2 * bias
+    params: Sequence[Tensor], gates: int, bias: bool, layers: int, directions: int, may_project: bool,
+    extra: tuple[str, ...] = (),
+) -> tuple[int, int, int, int]:  # fmt: skip
+    """The flat list of weights against the sizes that its first layer states: (I, H, P, tensors per group).
+
+    `extra` names what follows torch's weights in every group: ln_ih and ln_hh of the gates' width, others of H.
+    """
+    per = 2 + 2 * bias + len(extra)
     groups = layers * directions
     proj = may_project and len(params) == (per + 1) * groups
     per += proj
@@ -131,18 +135,20 @@ def weights(
         shapes += [(wide,), (wide,)]
     if proj:
         shapes += [(state, hidden)]
+    shapes += [(wide,) if name in ("ln_ih", "ln_hh") else (hidden,) for name in extra]
     for start in range(0, len(params), per):
         if start == per * directions:
             shapes[0] = (wide, state * directions)
         for offset, shape in enumerate(shapes):
             if params[start + offset].shape != shape:
-                name = weight_name(start // per, offset, directions, bias)
+                name = weight_name(start // per, offset, directions, bias, proj, extra)
                 raise RuntimeError(f"{name}: expected shape {list(shape)}, got {list(params[start + offset].shape)}")
     return columns, hidden, state, per
 
 
-def weight_name(group: int, offset: int, directions: int, bias: bool) -> str:
-    kinds = ("weight_ih", "weight_hh", *(("bias_ih", "bias_hh") if bias else ()), "weight_hr")
+def weight_name(group: int, offset: int, directions: int, bias: bool, proj: bool, extra: tuple[str, ...]) -> str:
+    biases, projection = ("bias_ih", "bias_hh") if bias else (), ("weight_hr",) if proj else ()
+    kinds = ("weight_ih", "weight_hh", *biases, *projection, *extra)
     return f"{kinds[offset]}_l{group // directions}{'_reverse' if group % directions else ''}"
 
 

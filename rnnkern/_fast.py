@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 
 from rnnkern import _profile, dispatch
 from rnnkern._dynamo import constant
+from rnnkern._options import PLAIN
 
 _CODES = {"rnn_tanh": (0, 1), "rnn_relu": (1, 1), "lstm": (2, 4), "gru": (3, 3)}  # number in the extension, gates
 _NARROW = (torch.bfloat16, torch.float16)  # c is kept in fp32 then, and given and taken in the module's dtype
@@ -93,7 +94,7 @@ def _torchs(module: Any, what: str, input: Tensor, hx: Any) -> Any:
 
 def layer(module: Any, cell: str, input: Any, hx: Any) -> tuple[Any, ...] | None:
     """RNN, LSTM or GRU: (output, states in torch.nn's form), or None."""
-    if type(input) is not Tensor or _closed():
+    if type(input) is not Tensor or module.options is not PLAIN or _closed():
         return None
     if _grad():
         if cell == "lstm" or not input.is_cpu or input.dim() != 3:

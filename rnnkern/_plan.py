@@ -15,13 +15,14 @@ from rnnkern.cells import CELLS, CellSpec
 @dataclass(frozen=True)
 class Plan:
     """How the tensors of a layer call follow each other: x, offsets?, lengths?, reset?, states, reset states, masks,
-    and for every group w_ih, b_ih?, then the scan's parameters.
+    and for every group w_ih?, b_ih?, then the scan's parameters.
     """
 
     spec: ScanSpec
     text: str  # spec as the ops take it
     models: int  # M: x is [S, M, I], and group m * D + d reads x[:, m]
     bias: bool  # b_ih is there
+    projects: bool  # w_ih is there; else x is the pre-activations, [S, N, G*H]
     present: tuple[bool, bool, bool]  # offsets, lengths, reset
     resets: int  # reset states: as many as states, or none
     samples: int = 0  # n > 0: rows hold n samples each, sample minor, and weight gradients are kept per sample
@@ -46,13 +47,19 @@ class Plan:
 
     @property
     def per_group(self) -> int:
-        return 1 + self.bias + len(self.spec.params)
+        return self.projects + self.bias + len(self.spec.params)
 
     def projection(self, args: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
-        """w_ih and b_ih of every group."""
+        """w_ih and b_ih of every group; no w_ih where there is none."""
         first, size = self.first_weight, self.per_group
+        if not self.projects:
+            return (), (None,) * len(self.spec.reverse)
         w_ih = args[first::size]
         return w_ih, args[first + 1 :: size] if self.bias else (None,) * len(w_ih)
+
+    def columns(self, args: tuple[Tensor, ...]) -> int:
+        """G*H, the rows of w_hh."""
+        return args[self.first_weight + self.projects + self.bias].shape[0]
 
     def inputs(self, T: int, B: int, gx: Tensor, args: tuple[Tensor, ...]) -> ScanInputs:
         """The scan of this call, given its pre-activations."""
@@ -61,7 +68,7 @@ class Plan:
         states, at = args[at : at + len(self.cell.states)], at + len(self.cell.states)
         reset_states, at = args[at : at + self.resets], at + self.resets
         noise, at = args[at : at + len(self.spec.noise)], at + len(self.spec.noise)
-        skip, size = 1 + self.bias, self.per_group
+        skip, size = self.projects + self.bias, self.per_group
         params = tuple(args[at + n * size + skip : at + (n + 1) * size] for n in range(len(self.spec.reverse)))
         return ScanInputs(self.spec, T, B, gx, states, params, offsets, lengths, reset, reset_states, noise)
 
@@ -83,12 +90,13 @@ def make_plan(
     save: str,
     models: int,
     bias: bool,
+    projects: bool,
     present: tuple[bool, bool, bool],
     resets: int,
     options: tuple[tuple[str, object], ...],
 ) -> Plan:
     spec = ScanSpec(cell, reverse, params, noise, save, scales=scales, **dict(options))  # type: ignore[arg-type]
-    return Plan(spec, spec.encode(), models, bias, present, resets)
+    return Plan(spec, spec.encode(), models, bias, projects, present, resets)
 
 
 cached_plan = lru_cache(maxsize=1024)(make_plan)  # a plan costs more than a small step does

@@ -50,7 +50,9 @@ class Way:
             self.places += range(self.first_weight + n * size, self.first_weight + (n + 1) * size)
         self.x, *args = (tensors[at] for at in self.places)
         self.w_ih, self.b_ih = self.plan.projection(tuple(args))
-        gx = shape_only(self.x, self.x.shape[0], len(self.w_ih), self.w_ih[0].shape[0])
+        gx = shape_only(self.x, self.x.shape[0], len(spec.reverse), self.plan.columns(tuple(args)))
+        if not plan.projects:
+            self.x = self.x[:, groups]
         whole = self.plan.inputs(T, B, gx, tuple(args))
         self.inputs = replace(
             whole,
@@ -89,7 +91,7 @@ class Recomputed(torch.autograd.Function):
         final = tuple(torch.empty_like(s) for s in initial)
         seq = tuple(s.new_empty(S, N, s.shape[-1]) for s in initial[1:]) if keep_states else ()
         both = ways(plan, T, B, tensors)
-        edges = edges_of_layer(plan.inputs(T, B, shape_only(x, S, N, both[0].w_ih[0].shape[0]), tensors[1:]))
+        edges = edges_of_layer(plan.inputs(T, B, shape_only(x, S, N, plan.columns(tensors[1:])), tensors[1:]))
         entering = tuple(s.new_empty(len(edges) - 1, *s.shape) for s in initial)
         for way in both:
             states = way.inputs.states
@@ -168,9 +170,13 @@ def _in_segments(
             way.x,
             way.w_ih,
             [wanted[at] for at in way.places],
-            total[0],
+            total[0] if plan.projects else None,
         )
         for at, value in zip(way.places, found, strict=True):
+            if at == 0 and not plan.projects and value is not None:
+                whole = total[0] = torch.empty_like(tensors[0]) if total[0] is None else total[0]
+                whole[:, groups] = value
+                continue
             if value is None or not state_at <= at < way.first_weight:
                 total[at] = value
                 continue

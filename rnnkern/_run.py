@@ -77,7 +77,7 @@ def run_forward(
     """Projection and scan on a backend, without an op. `inputs.gx` is filled in where the backend wants it."""
     backend = dispatch.backend(name)
     fused = getattr(backend, "layer_forward", None)
-    if fused is not None:
+    if fused is not None and w_ih:
         return fused(inputs, x, w_ih, b_ih)
     inputs.gx = project(x, w_ih, b_ih, models, in_place=True)
     return backend.forward(inputs)
@@ -86,7 +86,11 @@ def run_forward(
 def project(
     x: Tensor, w_ih: Sequence[Tensor], b_ih: Sequence[Tensor | None], models: int, in_place: bool = False
 ) -> Tensor:
-    """gx [S, N, G*H]. `in_place`: the GEMMs write where it lies, which neither autograd nor a transform can follow."""
+    """gx [S, N, G*H]; with no weights, x is that already. `in_place`: the GEMMs write where it lies, which neither
+    autograd nor a transform can follow.
+    """
+    if not w_ih:
+        return x
     if len(w_ih) == 1:
         return linear(x[:, 0], w_ih[0], b_ih[0]).unsqueeze(1)
     directions = len(w_ih) // models

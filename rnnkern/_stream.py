@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rnnkern import dispatch, functional, nn
+from rnnkern._options import Extended
 from rnnkern.backends.base import accumulation_dtype
 from rnnkern.cells import CELLS
 
@@ -65,6 +66,8 @@ class Shape:
                 "Stream: the module is bidirectional: its backward direction begins at the end of the sequence, which "
                 "a stream has not seen"
             )
+        if isinstance(m, Extended) and (richer := replace(m.options, grad_clip=0.0).scanned(training=False)):
+            raise ValueError(f"Stream: a step of a stream is a plain one, and the module has {richer}")
         is_cell = isinstance(m, torch.nn.RNNCellBase)
         if isinstance(m, (torch.nn.RNN, torch.nn.RNNCell)):
             relu = m.mode == "RNN_RELU" if isinstance(m, torch.nn.RNN) else m.nonlinearity == "relu"

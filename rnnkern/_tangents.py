@@ -30,7 +30,7 @@ _batched = torch._C._functorch.is_legacy_batchedtensor
 
 def serves(plan: Plan, S: int, tensors: Sequence[Tensor]) -> bool:
     """Whether the tangents of this layer's call, of S rows, can be had here: no transform follows what is done."""
-    if S == 0 or plan.samples or not covers(plan.spec):
+    if S == 0 or plan.samples or not plan.projects or not covers(plan.spec):
         return False
     return unwatched() and real(tensors) and not any(_wrapped(t) or _batched(t) for t in tensors)
 

@@ -33,7 +33,7 @@ def layer_gradients(
     dprod = d.dprod if "ln_hh" in spec.params else dgh
     grads: list[Tensor | None] = [None] * len(wanted)
     if wanted[0]:
-        grads[0] = _d_input(d.dgx, w_ih, plan.models, in_place)
+        grads[0] = _d_input(d.dgx, w_ih, plan.models, in_place) if plan.projects else d.dgx
     at = 1 + plan.first_state
     for value in (*d.dstates, *d.dreset_states):
         grads[at] = value if wanted[at] else None
@@ -44,11 +44,12 @@ def layer_gradients(
     read = None
     for n in range(N):
         dgx_n = d.dgx[:, n]
-        if wanted[at]:
-            if read is None:
-                read = _rows_that_exist(inputs, x)
-            grads[at] = _outer(dgx_n, read[:, n // directions], plan.samples)
-        at += 1
+        if plan.projects:
+            if wanted[at]:
+                if read is None:
+                    read = _rows_that_exist(inputs, x)
+                grads[at] = _outer(dgx_n, read[:, n // directions], plan.samples)
+            at += 1
         bias = None
         if plan.bias:
             if wanted[at]:

@@ -41,7 +41,7 @@ _wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 class Group(NamedTuple):
     """The weights of one direction of one model."""
 
-    w_ih: Tensor  # [G*H, I]
+    w_ih: Tensor | None  # [G*H, I]; None, of all groups: x is the pre-activations, [S, N, G*H], and there is no b_ih
     b_ih: Tensor | None  # [G*H]
     params: tuple[Tensor, ...]  # in the order of the layer's param_names: w_hh, b_hh?, w_hr?, ...
 
@@ -72,7 +72,8 @@ def layer(
 
     Args:
         cell: name in CELLS.
-        x: [S, M, I], rows of (time, batch) as backends/base.py lays them out, one input per model.
+        x: [S, M, I], rows of (time, batch) as backends/base.py lays them out, one input per model; [S, N, G*H] where
+            groups have no w_ih.
         states: [N, B, P] in x's dtype, then [N, B, H] in the accumulation dtype.
         groups: N = M * D of them; group m * D + d reads x[:, m].
         reverse: [N] which groups walk from the end.
@@ -94,6 +95,8 @@ def layer(
             r if r.shape == s.shape else r.expand(s.shape) for r, s in zip(reset_states, states, strict=True)
         )
     w_ih, b_ih, params = zip(*groups, strict=True)
+    if w_ih[0] is None:
+        w_ih = ()
     tensors = [x]
     for optional in (offsets, lengths, reset):
         if optional is not None:
@@ -103,7 +106,8 @@ def layer(
     tensors += noise
     bias = b_ih[0] is not None
     for group in groups:
-        tensors.append(group.w_ih)
+        if group.w_ih is not None:
+            tensors.append(group.w_ih)
         if group.b_ih is not None:
             tensors.append(group.b_ih)
         tensors += group.params
@@ -129,11 +133,12 @@ def layer(
         "all" if graded else "states" if keep_states else "none",
         x.shape[1],
         bias,
+        bool(w_ih),
         present,
         len(reset_states),
         tuple(spec_options.items()),
     )
-    stand_in = shape_only(states[0], x.shape[0], len(w_ih), w_ih[0].shape[0])
+    stand_in = shape_only(states[0], x.shape[0], len(groups), params[0][0].shape[0])
     inputs = ScanInputs(
         plan.spec, T, B, stand_in, states, params, offsets, lengths, reset, tuple(reset_states), tuple(noise)
     )
@@ -172,7 +177,7 @@ class Layer(torch.autograd.Function):
     def forward(plan: Plan, backend: str, direct: bool, T: int, B: int, x: Tensor, *args: Tensor) -> tuple[Tensor, ...]:
         w_ih, b_ih = plan.projection(args)
         if direct or (unwatched() and real((x, *args))):
-            stand_in = shape_only(x, x.shape[0], len(w_ih), w_ih[0].shape[0])
+            stand_in = shape_only(x, x.shape[0], len(plan.spec.reverse), plan.columns(args))
             out = run_forward(backend, plan.inputs(T, B, stand_in, args), x, w_ih, b_ih, plan.models)
             return out.y, *out.final, *out.seq, out.planes, out.hidden
         if dispatch.projects(backend):

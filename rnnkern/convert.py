@@ -12,6 +12,7 @@ import torch
 from torch.nn.utils import parametrize
 
 from rnnkern import nn
+from rnnkern._options import PLAIN
 
 log = logging.getLogger("rnnkern")
 
@@ -129,8 +130,10 @@ def _swap(module: torch.nn.Module, old: type, new: type) -> bool:
 
 def _beyond_torch(module: torch.nn.Module) -> str | None:
     """What in one of our modules torch.nn lacks; None if nothing, or if the module is not ours."""
-    if isinstance(module, (nn.RNN, nn.LSTM, nn.GRU)) and module.memory != "save":
-        return f"memory={module.memory!r}"
+    if isinstance(module, (nn.RNN, nn.LSTM, nn.GRU)):
+        memory = "" if module.memory == "save" else f", memory={module.memory!r}"
+        if memory or module.options != PLAIN:
+            return (memory + str(module.options)).removeprefix(", ")
     for _, ours in PAIRS:
         if isinstance(module, ours) and parametrize.type_before_parametrizations(module) is not ours:
             return f"{type(module).__qualname__} is a subclass of rnnkern.{ours.__name__}"

@@ -8,14 +8,16 @@ packed and padded input, reset masks, layers times directions and the dropout be
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from rnnkern import _checks, _layouts, dispatch
+from rnnkern import _checks, _layouts, _regularised, dispatch
 from rnnkern._dynamo import left_to_python
 from rnnkern._layouts import States
+from rnnkern._options import NO_PROJECTION, PLAIN, Keywords, Options
+from rnnkern._options import options as checked_options
 from rnnkern.autograd import Group, layer
 from rnnkern.backends.base import accumulation_dtype
 from rnnkern.cells import CELLS
@@ -42,6 +44,7 @@ def rnn_tanh(
     reset_state: Tensor | None = None,
     return_states: bool = False,
     memory: str = "save",
+    **options: Unpack[Keywords],
 ) -> tuple[Any, ...]:
     r"""Elman network with tanh, :math:`h_t = \tanh(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh})`.
 
@@ -68,6 +71,7 @@ def rnn_relu(
     reset_state: Tensor | None = None,
     return_states: bool = False,
     memory: str = "save",
+    **options: Unpack[Keywords],
 ) -> tuple[Any, ...]:
     r"""Elman network with ReLU, :math:`h_t = \max(0, W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh})`.
 
@@ -94,6 +98,7 @@ def gru(
     reset_state: Tensor | None = None,
     return_states: bool = False,
     memory: str = "save",
+    **options: Unpack[Keywords],
 ) -> tuple[Any, ...]:
     r"""Gated recurrent unit, in the form of torch.nn and cuDNN (reset gate after the product).
 
@@ -120,6 +125,7 @@ def lstm(
     reset_state: tuple[Tensor, Tensor] | None = None,
     return_states: bool = False,
     memory: str = "save",
+    **options: Unpack[Keywords],
 ) -> tuple[Any, ...]:
     r"""Long short-term memory; equations: :class:`rnnkern.LSTM`.
 
@@ -127,11 +133,13 @@ def lstm(
         input: the sequence; the rows of a :class:`~torch.nn.utils.rnn.PackedSequence` if `batch_sizes` is given.
         hx: initial states ``(h_0, c_0)``; None: zeros.
         params: the weights as torch.nn lists them: for every layer, and in it every direction, ``w_ih, w_hh``, with
-            `bias` ``b_ih, b_hh``, and with a projection ``w_hr`` (seen by the number of tensors).
+            `bias` ``b_ih, b_hh``, and with a projection ``w_hr`` (seen by the number of tensors). Then, with
+            `layer_norm`, ``ln_ih, ln_hh``; with `peephole`, ``peephole_i, peephole_f, peephole_o``; with `layer_norm`
+            and LSTM, ``ln_c, ln_c_bias``.
         bias: whether `params` has biases.
         num_layers: number of layers.
         dropout: probability of the dropout between layers, drawn by the same calls in the same order as torch's.
-        training: whether that dropout takes place.
+        training: whether that dropout takes place, and those of the options; zoneout mixes otherwise.
         bidirectional: whether every layer has a reverse direction.
         batch_first: whether `input`, `reset` and the outputs are `(N, L, ...)`.
         batch_sizes: batch size at each step of a packed input, on the CPU.
@@ -142,6 +150,8 @@ def lstm(
         reset_state: states with which segments begin, sized as `hx` or with batch size 1; None: zeros.
         return_states: also return all states of all layers.
         memory: ``"recompute"`` keeps less for the backward, as in :class:`rnnkern.LSTM`.
+        options: `recurrent_dropout`, `recurrent_dropout_mode`, `zoneout`, `weight_dropout`, `cell_clip`, `proj_clip`,
+            `grad_clip`, `layer_norm` and `peephole`, as in :class:`rnnkern.LSTM`.
 
     Shape:
         - input: `(L, N, I)`, `(N, L, I)` with `batch_first`, `(L, I)` unbatched, `(sum of lengths, I)` packed.
@@ -158,7 +168,8 @@ def lstm(
         ``output, (h_n, c_n)``, and with `return_states` a tuple over layers as the third.
 
     Raises:
-        ValueError: input of the wrong rank or dtype, or lengths, reset or reset_state that do not fit the input.
+        ValueError: input of the wrong rank or dtype, lengths, reset or reset_state that do not fit the input, or
+            options out of range or not of this cell.
         RuntimeError: sizes, dtypes or devices that do not fit each other, no time steps, or a backend asked for by
             name that cannot do it.
 
@@ -171,13 +182,20 @@ def lstm(
         "lstm", input, None if hx is None else (hx[0], hx[1]), params, bias, num_layers, dropout, training,
         bidirectional, batch_first, batch_sizes, lengths, reset,
         None if reset_state is None else (reset_state[0], reset_state[1]), return_states, memory,
+        checked_options("LSTM", "lstm", True, options) if options else PLAIN,
     )  # fmt: skip
     return (y, final, states) if return_states else (y, final)
 
 
-def _one_state(cell: str, hx: Tensor | None, reset_state: Tensor | None, **arguments: Any) -> tuple[Any, ...]:
+def _one_state(
+    cell: str, hx: Tensor | None, reset_state: Tensor | None, options: Keywords, **arguments: Any
+) -> tuple[Any, ...]:
     y, (final,), states = run(
-        cell, hx=None if hx is None else (hx,), reset_state=None if reset_state is None else (reset_state,), **arguments
+        cell,
+        hx=None if hx is None else (hx,),
+        reset_state=None if reset_state is None else (reset_state,),
+        options=checked_options(TITLES[cell], cell, False, options) if options else PLAIN,
+        **arguments,
     )
     return (y, final, tuple(h for (h,) in states)) if arguments["return_states"] else (y, final)
 
@@ -199,12 +217,13 @@ def run(
     reset_state: States | None = None,
     return_states: bool = False,
     memory: str = "save",
+    options: Options = PLAIN,
 ) -> tuple[Tensor, States, tuple[States, ...]]:
     """What the modules and the functions above share: (output, final states, states of every layer or nothing)."""
     if batch_sizes is not None and torch.compiler.is_compiling():
         return _outside_of_graphs(
             cell, input, hx, params, bias, num_layers, dropout, training, bidirectional, batch_first, batch_sizes,
-            lengths, reset, reset_state, return_states,
+            lengths, reset, reset_state, return_states, memory, options,
         )  # fmt: skip
     two = cell == "lstm"
     packed = batch_sizes is not None
@@ -223,8 +242,9 @@ def run(
             reset = None if reset is None else reset.unsqueeze(-1)
             reset_state = reset_state and tuple(h.unsqueeze(1) for h in reset_state)
     gates = len(CELLS[cell].gates)
-    I, H, P, per = _checks.weights(params, gates, bias, num_layers, D, two)
-    proj = per % 2 == 1
+    extra = options.extra(cell) if options is not PLAIN else ()
+    I, H, P, per = _checks.weights(params, gates, bias, num_layers, D, two, extra)
+    proj = per - len(extra) > 2 + 2 * bias
     _checks.input_like_weight(input, params[0], packed)
     if batch_sizes is not None:
         _checks.batch_sizes(batch_sizes, input.size(0))
@@ -251,13 +271,21 @@ def run(
     elif reset_state is not None:
         raise ValueError("reset_state: only together with reset, the mask that says where it is used")
     _checks.memory(memory)
+    scanned = ""
+    if options is not PLAIN:
+        scanned = options.scanned(training)
+        if options.proj_clip and not proj:
+            raise ValueError(NO_PROJECTION)
+        if training and options.weight_dropout:
+            params = _regularised.dropped(params, per, options.weight_dropout)
 
     backend = None
     stacked = dispatch.Sizes(I, H, num_layers, D, proj) if input.is_cuda else None
     if dispatch.wants_torch(input.device, low or input.dtype, cell, B, packed, T, stacked):
         from rnnkern.backends import torch as torch_kernels
 
-        fits = dispatch.may_torch(torch_kernels.cannot(lengths is not None, reset is not None, return_states, memory))
+        lacks = torch_kernels.cannot(lengths is not None, reset is not None, return_states, memory, scanned)
+        fits = dispatch.may_torch(lacks)
         if torch_kernels.transformed():
             backend = "reference" if dispatch.requested() == "torch" else None
         elif fits:
@@ -286,7 +314,7 @@ def run(
         x, hx, reset, reset_state = packing.put(x, hx, reset, reset_state)
     arguments = (
         cell, x, hx, params, per, bias, num_layers, dropout if training else 0.0, D, steps, sizes,
-        offsets, lengths, reset, reset_state, return_states, backend, memory,
+        offsets, lengths, reset, reset_state, return_states, backend, memory, training, options,
     )  # fmt: skip
     if low is not None:
         with torch.autocast(input.device.type, enabled=False):
@@ -336,6 +364,8 @@ def stack(
     return_states: bool = False,
     backend: str | None = None,
     memory: str = "save",
+    training: bool = False,
+    options: Options = PLAIN,
 ) -> tuple[Tensor, States, tuple[States, ...]]:
     """Layers times directions over rows `x` [S, I]; c is in the accumulation dtype in `final`, in x's in the states."""
     B = sizes[0][1]
@@ -349,24 +379,35 @@ def stack(
         restart = tuple(h.to(acc) if n else h for n, h in enumerate(reset_state))
         restart = tuple(h.expand(-1, B, -1) for h in restart)
     reverse = (False, True)[:D]
-    proj = per > 2 + 2 * bias
+    extra = options.extra(cell) if options is not PLAIN else ()
+    proj = per - len(extra) > 2 + 2 * bias
     names = ("w_hh", "b_hh", "w_hr") if bias and proj else ("w_hh", "b_hh") if bias else ("w_hh", "w_hr")[: 1 + proj]
+    scan: dict[str, Any] = {}
+    if options is not PLAIN:
+        names += tuple(name for name in extra if name != "ln_ih")
+        if options.layer_norm and lengths is not None and offsets is None:
+            x = _regularised.rows_that_exist(x, T, B, lengths)
     keep = return_states and len(sizes) > 1
     precision = dispatch.gpu_precision(x.dtype) if x.is_cuda else "ieee"
     finals, states = [], []
     for k in range(num_layers):
-        groups = []
+        groups: Sequence[Group] = ()
         for start in range(k * D * per, (k + 1) * D * per, per):
             w = params[start : start + per]
-            groups.append(Group(w[0], w[2], (w[1], *w[3:])) if bias else Group(w[0], None, tuple(w[1:])))
+            groups = (*groups, Group(w[0], w[2], (w[1], *w[3:])) if bias else Group(w[0], None, tuple(w[1:])))
         entering, segment = hx, restart
         if num_layers > 1:
             entering = tuple(h[k * D : (k + 1) * D] for h in hx)
             segment = tuple(h[k * D : (k + 1) * D] for h in restart)
+        rows = x.unsqueeze(1)
+        if options is not PLAIN:
+            scan = _regularised.scan_options(options, cell, training, x.shape[0], B, D, [s[2] for s in sizes], x)
+            if options.layer_norm:
+                rows, groups = _regularised.normalised(cell, x, groups, len(names) - len(extra) + 1)
         y, final, seq = layer(
-            cell, x.unsqueeze(1), entering, tuple(groups), reverse, T, B, param_names=names, offsets=offsets,
+            cell, rows, entering, groups, reverse, T, B, param_names=names, offsets=offsets,
             lengths=lengths, reset=reset, reset_states=segment, keep_states=keep, backend=backend, memory=memory,
-            precision=precision,
+            precision=precision, **scan,
         )  # fmt: skip
         x = y.flatten(1)
         finals.append(final)

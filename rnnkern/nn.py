@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from rnnkern import _checks, _fast, _layouts, functional
+from rnnkern._options import Extended
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
 
@@ -27,7 +28,7 @@ def _not_scriptable(self: torch.nn.Module) -> None:
     )
 
 
-class RNN(torch.nn.RNN):
+class RNN(Extended, torch.nn.RNN):
     r"""Elman network (Elman 1990, "Finding structure in time"), :class:`torch.nn.RNN` with fused kernels.
 
     .. math::
@@ -46,6 +47,8 @@ class RNN(torch.nn.RNN):
         dropout: probability of dropout on the outputs of every layer but the last, in training. Default: 0
         bidirectional: whether every layer also runs from the end to the start. Default: ``False``
         memory: ``"save"`` or ``"recompute"``, see :class:`LSTM`. Default: ``"save"``
+        recurrent_dropout, recurrent_dropout_mode, zoneout, weight_dropout, grad_clip: see :class:`LSTM`. Default: none
+        layer_norm: as in :class:`LSTM`: each product is normalised, not their sum. Default: ``False``
         device: where the parameters live.
         dtype: dtype of the parameters.
 
@@ -72,14 +75,6 @@ class RNN(torch.nn.RNN):
     """
 
     __prepare_scriptable__ = _not_scriptable
-    memory = "save"  # of the class: accelerate(model) makes instances without it
-
-    def __init__(self, *args: Any, memory: str = "save", **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        _remember(self, memory)
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + _beyond(self)
 
     def forward(  # type: ignore[override]
         self,
@@ -95,7 +90,7 @@ class RNN(torch.nn.RNN):
         return _one_state(self, cell, input, hx, lengths, reset, reset_state, return_states)
 
 
-class LSTM(torch.nn.LSTM):
+class LSTM(Extended, torch.nn.LSTM):
     r"""Long short-term memory (Hochreiter and Schmidhuber 1997; forget gate: Gers et al. 2000; projection: Sak et al.
     2014), :class:`torch.nn.LSTM` with fused kernels.
 
@@ -127,6 +122,26 @@ class LSTM(torch.nn.LSTM):
             sequences in a fraction of the memory, for another forward's time. Same results. No difference without a
             gradient to come, in graphs of torch.compile, under transforms of :mod:`torch.func` and in forward mode,
             and for one or two steps of RNN and GRU. Default: ``"save"``
+        recurrent_dropout: probability of dropout in the recurrence, in training. Default: 0
+        recurrent_dropout_mode: what it drops. ``"sequence"``: entries of the `h` that meets :math:`W_{hh}`, the same at
+            every step of a sequence and for all gates (Gal and Ghahramani 2016). ``"step"``: the same, drawn anew at
+            every step. ``"candidate"``: entries of :math:`g_t` (GRU: :math:`n_t`), anew at every step, so that nothing
+            that is remembered is dropped (Semeniuta et al. 2016; not for RNN). Default: ``"sequence"``
+        zoneout: probability with which a unit keeps the state that it had, anew at every step (Krueger et al. 2017);
+            one for both states, or a pair for `h` and `c` (RNN and GRU: one). In evaluation states are mixed by it:
+            :math:`h_t = p \, h_{t-1} + (1 - p) \, \tilde h_t`. Default: 0
+        weight_dropout: probability of dropout on :math:`W_{hh}`, in training, one mask per call (Merity et al. 2018).
+            Default: 0
+        cell_clip: bound of :math:`|c_t|` (Sak et al. 2014); 0 is none, as for the next two. Default: 0
+        proj_clip: bound of the projected `h` (Sak et al. 2014). Default: 0
+        grad_clip: bound of every entry of the gradients of `h` and `c` as they leave a step, against exploding ones
+            (after Graves 2013, who clips at the gates). Default: 0
+        layer_norm: layer normalisation (Ba et al. 2016) of both products, :math:`W_{ih} x_t` and
+            :math:`W_{hh} h_{t-1}`, over all gates together, with gains `ln_ih` and `ln_hh` and before the biases are
+            added, and of :math:`c_t` in :math:`h_t = o_t \odot \tanh(LN(c_t))`, with gain `ln_c` and bias `ln_c_bias`.
+            ``memory="recompute"`` then keeps the normalised products of the input. Default: ``False``
+        peephole: gates that see the cell (Gers and Schmidhuber 2000): :math:`p_i \odot c_{t-1}` and
+            :math:`p_f \odot c_{t-1}` are added in the gates i and f, :math:`p_o \odot c_t` in o. Default: ``False``
         device: where the parameters live.
         dtype: dtype of the parameters.
 
@@ -156,12 +171,21 @@ class LSTM(torch.nn.LSTM):
 
         where `D` is 2 if bidirectional, else 1, `H_cell` is hidden_size and `H_out` is proj_size or hidden_size.
 
+    Attributes:
+        ln_ih_l[k], ln_hh_l[k]: gains of layer normalisation, `(4 * hidden_size)`, at first 1; with ``_reverse`` for the
+            reverse direction, as below.
+        ln_c_l[k], ln_c_bias_l[k]: its gain and bias for `c`, `(hidden_size)`, at first 1 and 0.
+        peephole_i_l[k], peephole_f_l[k], peephole_o_l[k]: `(hidden_size)`, drawn as torch.nn's weights are.
+
+        The others are torch.nn's. Options can be given new values (``lstm.zoneout = 0.2``) but for `layer_norm` and
+        `peephole`, which have parameters.
+
     dtype: float64, float32, bfloat16 or float16, one for all; sums and `c` are in float32 (float64 for float64) from
     step to step. Under autocast, outputs have the dtypes that torch.nn's have.
 
     Raises:
-        ValueError: arguments of the constructor out of range; input of the wrong rank or dtype; lengths, reset or
-            reset_state that do not fit the input.
+        ValueError: arguments of the constructor out of range, or not of this class; input of the wrong rank or dtype;
+            lengths, reset or reset_state that do not fit the input.
         RuntimeError: features, states, dtypes or devices that do not fit; no time steps; a backend asked for with
             :class:`rnnkern.use_backend` that cannot do it.
 
@@ -174,14 +198,6 @@ class LSTM(torch.nn.LSTM):
     """
 
     __prepare_scriptable__ = _not_scriptable
-    memory = "save"  # of the class: accelerate(model) makes instances without it
-
-    def __init__(self, *args: Any, memory: str = "save", **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        _remember(self, memory)
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + _beyond(self)
 
     def forward(  # type: ignore[override]
         self,
@@ -202,7 +218,7 @@ class LSTM(torch.nn.LSTM):
         return _sequence(self, "lstm", input, states, lengths, reset, restart, return_states)
 
 
-class GRU(torch.nn.GRU):
+class GRU(Extended, torch.nn.GRU):
     r"""Gated recurrent unit (Cho et al. 2014, with the reset gate after the product as in cuDNN), :class:`torch.nn.GRU`
     with fused kernels.
 
@@ -224,6 +240,8 @@ class GRU(torch.nn.GRU):
         dropout: probability of dropout on the outputs of every layer but the last, in training. Default: 0
         bidirectional: whether every layer also runs from the end to the start. Default: ``False``
         memory: ``"save"`` or ``"recompute"``, see :class:`LSTM`. Default: ``"save"``
+        recurrent_dropout, recurrent_dropout_mode, zoneout, weight_dropout, grad_clip: see :class:`LSTM`. Default: none
+        layer_norm: as in :class:`LSTM`, over r and z together and over n alone (Ba et al. 2016). Default: ``False``
         device: where the parameters live.
         dtype: dtype of the parameters.
 
@@ -250,14 +268,6 @@ class GRU(torch.nn.GRU):
     """
 
     __prepare_scriptable__ = _not_scriptable
-    memory = "save"  # of the class: accelerate(model) makes instances without it
-
-    def __init__(self, *args: Any, memory: str = "save", **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        _remember(self, memory)
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + _beyond(self)
 
     def forward(  # type: ignore[override]
         self,
@@ -432,17 +442,6 @@ class GRUCell(torch.nn.GRUCell):
         return _step(self, "gru", "GRUCell", input, None if hx is None else (hx,))[0]
 
 
-def _remember(module: RNN | LSTM | GRU, memory: str) -> None:
-    """Options of ours that are not the default: a module without them is torch.nn's in every attribute."""
-    _checks.memory(memory)
-    if memory != "save":
-        module.memory = memory
-
-
-def _beyond(module: RNN | LSTM | GRU) -> str:
-    return "" if module.memory == "save" else f", memory={module.memory}"
-
-
 def _weight(module: torch.nn.Module, name: str) -> Any:
     """``getattr(module, name)``, past Module.__getattr__ for the plain parameter that it nearly always is."""
     found = module._parameters.get(name)
@@ -480,7 +479,7 @@ def _sequence(
     return_states: bool,
 ) -> tuple[Any, ...]:
     """A module's forward: (output, final states[, states of every layer]), with packed containers opened and closed."""
-    weights = [_weight(module, name) for name in module._flat_weights_names]
+    weights = module._weights()
     data, sizes, order, back = input if isinstance(input, PackedSequence) else (input, None, None, None)
     if isinstance(reset, PackedSequence) or (reset is not None and sizes is not None):
         reset = _layouts.packed_reset(input, reset)
@@ -494,7 +493,7 @@ def _sequence(
     y, final, states = functional.run(
         cell, data, hx, weights, module.bias, module.num_layers, module.dropout, module.training,
         module.bidirectional, module.batch_first, sizes, lengths, reset, reset_state, return_states,
-        module.memory,
+        module.memory, module.options,
     )  # fmt: skip
     if sizes is None:
         return (y, final, states) if return_states else (y, final)

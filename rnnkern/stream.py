@@ -45,7 +45,8 @@ class Stream:
 
     Raises:
         TypeError: not such a module, or one whose forward is not torch.nn's or rnnkern's.
-        ValueError: a bidirectional module, a batch size below 1, an unknown form of weights, or one for float64; `out`
+        ValueError: a bidirectional module, one with options that change its steps (`zoneout`, `layer_norm`, `peephole`,
+            clips), a batch size below 1, an unknown form of weights, or one for float64; `out`
             that does not fit; weights for int8 that are not finite.
         RuntimeError: later, a call while another thread is in this stream.
 

@@ -484,6 +484,8 @@ def hooked() -> nn.Module:
             ValueError,
             "bidirectional: its backward direction begins",
         ),
+        (lambda: Stream(rnnkern.LSTM(6, 20, zoneout=0.1)), ValueError, "the module has zoneout="),
+        (lambda: Stream(rnnkern.GRU(6, 20, layer_norm=True)), ValueError, "the module has layer_norm="),
         (lambda: Stream(nn.Linear(6, 20)), TypeError, "expected a module of torch.nn or rnnkern .*, got Linear"),
         (lambda: Stream(Own(6, 20)), TypeError, "Own has a forward of its own"),
         (lambda: Stream(hooked()), TypeError, "has forward hooks"),

@@ -30,11 +30,11 @@ class Call(NamedTuple):
     autocast: torch.dtype | None  # the dtype of the autocast region it ran in
 
 
-def cannot(lengths: bool, reset: bool, return_states: bool, memory: str) -> str:
-    """What of these torch's kernels lack, as words; empty: nothing."""
+def cannot(lengths: bool, reset: bool, return_states: bool, memory: str, options: str) -> str:
+    """What of these torch's kernels lack, as words; empty: nothing. `options` are words already."""
     recompute = ('memory="recompute"', memory != "save")
     asked = (("lengths=", lengths), ("reset=", reset), ("return_states=", return_states), recompute)
-    return ", ".join(name for name, given in asked if given)
+    return ", ".join([*(name for name, given in asked if given), *([options] if options else [])])
 
 
 def transformed() -> bool:

@@ -1,0 +1,77 @@
+"""What the options of _options.py do to the layers of a call: masks, dropped weights, normalised projections.
+
+Masks are drawn here, from torch's generator, so that every backend is given the same: first the dropped recurrent
+weights of all layers and directions, then, layer by layer and before the dropout between layers, the mask of
+recurrent_dropout and those of zoneout for h and c. Each is ``torch.rand(size, device=...)``, compared with its
+probability.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from rnnkern._options import Options
+from rnnkern.autograd import Group
+from rnnkern.backends.base import ScanSpec, accumulation_dtype
+from rnnkern.cells import CELLS
+from rnnkern.cells.functions import normalise
+
+
+def dropped(params: Sequence[Tensor], per: int, p: float) -> list[Tensor]:
+    """The flat list with dropout on every w_hh (Merity et al. 2018): one mask for all steps and rows."""
+    return [torch.dropout(w, p, True) if at % per == 1 else w for at, w in enumerate(params)]
+
+
+def scan_options(
+    options: Options, cell: str, training: bool, S: int, B: int, groups: int, widths: Sequence[int], x: Tensor
+) -> dict[str, Any]:
+    """Arguments of :func:`rnnkern.autograd.layer` for one layer of S rows; `widths` are those of its states."""
+    shares = options.shares[: len(widths)]
+    found: dict[str, Any] = {name: getattr(options, name) for name in ("cell_clip", "proj_clip", "grad_clip")}
+    if not training:
+        return found | {"zoneout": (*shares, 0.0)[:2]}
+    masks: dict[str, tuple[Tensor, float]] = {}
+    p = options.recurrent_dropout
+    if p:
+        name, size = {
+            "sequence": ("h", (groups, B, widths[0])),
+            "step": ("h_step", (S, groups, widths[0])),
+            "candidate": ("candidate", (S, groups, widths[-1])),
+        }[options.recurrent_dropout_mode]
+        masks[name] = torch.rand(size, device=x.device) >= p, 1 / (1 - p)
+    for name, p, width in zip(("zoneout_h", "zoneout_c"), shares, widths, strict=False):
+        if p:
+            masks[name] = torch.rand(S, groups, width, device=x.device) < p, 1.0
+    return found | {
+        "noise": [mask for mask, _ in masks.values()],
+        "noise_names": tuple(masks),
+        "scales": tuple(scale for _, scale in masks.values()),
+    }
+
+
+def normalised(cell: str, x: Tensor, groups: Sequence[Group], at: int) -> tuple[Tensor, tuple[Group, ...]]:
+    """A layer under layer norm: its pre-activations in place of rows x [S, I], and groups that have no projection.
+
+    ``LN(x W_ih^T) * ln_ih + b_ih``, as the scan does with h; `at` is where ln_ih stands in a group's params.
+    """
+    spec, wide = CELLS[cell], accumulation_dtype(x.dtype)
+    columns, rest = [], []
+    for w_ih, b_ih, params in groups:
+        assert w_ih is not None
+        product = linear(x, w_ih).to(wide)
+        parts = product.split([count * w_ih.shape[0] // len(spec.gates) for count in spec.norm], -1)
+        gx = torch.cat([normalise(part, ScanSpec.eps)[0] for part in parts], -1) * params[at].to(wide)
+        columns.append((gx if b_ih is None else gx + b_ih.to(wide)).to(x.dtype))
+        rest.append(Group(None, None, (*params[:at], *params[at + 1 :])))
+    return torch.stack(columns, 1), tuple(rest)
+
+
+def rows_that_exist(x: Tensor, T: int, B: int, lengths: Tensor) -> Tensor:
+    """Padded rows [T*B, I] with zeros for padding: nothing is known of it, and normalising NaN gives NaN gradients."""
+    padding = torch.arange(T, device=x.device).unsqueeze(1) >= lengths
+    return x.masked_fill(padding.reshape(T * B, 1), 0)
