@@ -308,7 +308,7 @@ def run(
     offsets, packing, steps = None, None, T
     if batch_sizes is not None:
         offsets, lengths = _layouts.packed(batch_sizes, B, input.device)
-    elif lengths is not None and _layouts.worth_packing(input, lengths):
+    elif lengths is not None and not scanned and _layouts.worth_packing(input, lengths):  # masks are of padded rows
         packing = _layouts.Packing(lengths, T)
         offsets, lengths, steps = packing.offsets, packing.lengths, packing.steps
         x, hx, reset, reset_state = packing.put(x, hx, reset, reset_state)
