@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import logging
 import statistics
 import sys
@@ -27,7 +26,7 @@ import rnnkern
 from benchmarks import machine
 from benchmarks.clocks import HostClock
 from benchmarks.problem import Unavailable, imported
-from benchmarks.results import RESULTS, Row, constants
+from benchmarks.results import RESULTS, Row, append, constants
 
 ROUNDS = 15
 BATCH = 0.02  # s; a side's share of a round is as many calls as fill this
@@ -261,7 +260,6 @@ def main() -> int:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     out = args.out or RESULTS / "clients" / f"{machine.machine()}.csv"
-    out.parent.mkdir(parents=True, exist_ok=True)
     shared = {name: value for name, value in constants(args.threads).items() if name in COLUMNS}
     ran = 0
     for name in args.client:
@@ -269,11 +267,7 @@ def main() -> int:
             for one in CLIENTS[name]():
                 row = shared | timed(one)
                 print(f"{name}, {one.what}: {row['time_us']} us, as it is {row['peer_time_us']} us: {row['ratio']}")
-                with out.open("a", newline="") as file:
-                    writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-                    if not file.tell():
-                        writer.writeheader()
-                    writer.writerow(row)
+                append(out, row, COLUMNS)
                 ran += 1
         except Unavailable as reason:
             print(f"{name}: {reason}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +70,12 @@ def row(shared: Row, prepared: Prepared, timing: Timing, floor_us: float | None,
     }
 
 
-def append(path: Path, new: Row) -> None:
+def append(path: Path, new: Row, columns: Sequence[str] = COLUMNS) -> None:
     """Adds a row to a results file, which gets its heading when it is new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = not path.exists()
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
+        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
         if fresh:
             writer.writeheader()
         writer.writerow(new)

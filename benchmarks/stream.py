@@ -8,7 +8,6 @@ are seen. Every side is checked first. ``--accuracy`` prints instead what bf16 a
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
 import statistics
 import sys
@@ -26,7 +25,7 @@ from benchmarks import machine
 from benchmarks.cases import Case, Shape, module_name
 from benchmarks.onnx_graph import onnx_model
 from benchmarks.problem import Problem, Unavailable, imported
-from benchmarks.results import RESULTS, constants
+from benchmarks.results import RESULTS, append, constants
 
 COLUMNS = (
     "date, commit, machine, cpu, torch, threads, cell, B, H, side, calls, p50_us, p99_us, p999_us, ratio, ratio_p20, "
@@ -200,16 +199,11 @@ def main() -> int:
             print(line, flush=True)
         return 0
     out = args.out or RESULTS / "stream" / f"{machine.machine()}.csv"
-    out.parent.mkdir(parents=True, exist_ok=True)
     shared = {name: value for name, value in constants(1).items() if name in COLUMNS}
-    with torch.inference_mode(), out.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if not file.tell():
-            writer.writeheader()
+    with torch.inference_mode():
         for case in CASES:
             for row in measured(*case, args.rounds) if case[0] in args.cell else ():
-                writer.writerow(shared | row)
-                file.flush()
+                append(out, shared | row, COLUMNS)
                 print(", ".join(f"{value}" for value in row.values()))
     return 0
 

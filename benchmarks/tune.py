@@ -9,7 +9,6 @@ what they did; the tables are shipped by copying them over table.json and measur
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import sys
@@ -25,7 +24,7 @@ import torch
 
 from benchmarks.cases import DTYPES, GPU
 from benchmarks.clocks import clock_for
-from benchmarks.results import Row, newest, read
+from benchmarks.results import Row, append, newest, read
 from rnnkern.backends.base import ScanInputs, ScanOutputs, ScanSpec, accumulation_dtype
 from rnnkern.backends.reference import BACKEND as REFERENCE
 from rnnkern.backends.triton import BACKEND, config, trial
@@ -224,7 +223,8 @@ def search_all(out: Path, wanted: Iterable[Kind], device: torch.device, seconds:
         except torch.OutOfMemoryError as error:
             print(f"{kind}: {error}", flush=True)
             continue
-        append(out.with_suffix(".csv"), tried)
+        for row in tried:
+            append(out.with_suffix(".csv"), row, list(row))
         fastest = {row["driver"]: row["us_per_step"] for row in sorted(tried, key=slowest_first) if row["us_per_step"]}
         print(f"{kind}: {found or 'nothing works'}; us a step: {fastest}", flush=True)
         if found is not None:
@@ -234,15 +234,6 @@ def search_all(out: Path, wanted: Iterable[Kind], device: torch.device, seconds:
 
 def slowest_first(row: Row) -> float:
     return -float(row["us_per_step"] or "inf")
-
-
-def append(path: Path, rows: list[Row]) -> None:
-    fresh = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]) if rows else [], lineterminator="\n")
-        if fresh:
-            writer.writeheader()
-        writer.writerows(rows)
 
 
 def write(path: Path, table: dict[str, list[dict[str, Any]]]) -> None:

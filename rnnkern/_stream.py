@@ -9,22 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rnnkern import dispatch, functional, nn
+from rnnkern import dispatch, functional
 from rnnkern._options import Extended
 from rnnkern.backends.base import accumulation_dtype
 from rnnkern.cells import CELLS
+from rnnkern.convert import PAIRS
 
 FORMS = {None: 0, "bf16": 1, "int8": 2}  # how weights are kept; the numbers are csrc/api.h's
 WIDEST = 1 << 16  # along a sum of int8: more might not fit the 32 bits that csrc/generic/forms-inl.h adds them up in
-
-_KINDS: tuple[tuple[type[torch.nn.Module], type[torch.nn.Module]], ...] = (
-    (torch.nn.RNN, nn.RNN),
-    (torch.nn.LSTM, nn.LSTM),
-    (torch.nn.GRU, nn.GRU),
-    (torch.nn.RNNCell, nn.RNNCell),
-    (torch.nn.LSTMCell, nn.LSTMCell),
-    (torch.nn.GRUCell, nn.GRUCell),
-)
 
 
 @dataclass(frozen=True)
@@ -51,11 +43,11 @@ class Shape:
     @classmethod
     def of(cls, module: torch.nn.Module) -> Shape:
         """Raises where steps of a stream would not be what the module computes."""
-        kind = next((theirs for theirs, _ in _KINDS if isinstance(module, theirs)), None)
+        kind = next((theirs for theirs, _ in PAIRS if isinstance(module, theirs)), None)
         if kind is None:
-            names = ", ".join(theirs.__name__ for theirs, _ in _KINDS)
+            names = ", ".join(theirs.__name__ for theirs, _ in PAIRS)
             raise TypeError(f"Stream: expected a module of torch.nn or rnnkern ({names}), got {type(module).__name__}")
-        forwards = [k.forward for k in dict(_KINDS)] + [k.forward for k in dict(_KINDS).values()]
+        forwards = [kind.forward for pair in PAIRS for kind in pair]
         if type(module).forward not in forwards or "forward" in module.__dict__:
             raise TypeError(f"Stream: {type(module).__name__} has a forward of its own, which a stream would not run")
         if module._forward_hooks or module._forward_pre_hooks:
