@@ -8,8 +8,7 @@ class ForwardScan {
   typedef typename M::W W;
   typedef vec<CT> V;
   static constexpr int n = Simd<CT>::n, G = Cell::kGates;
-  static constexpr int kUnits = G == 1 ? 4 : 1;  // hidden blocks in a panel, so that it is three or four vectors wide
-  static constexpr int kWide = 4;
+  static constexpr int kUnits = units_in_panel(G), kWide = units_in_panel(1);
   static constexpr int64_t kFairRows = 8;  // a full tile: fewer would read the weights for too little
 
  public:

@@ -7,6 +7,9 @@
 // "nn": out[m, n] = sum_k a[m, k] w[k, n], w row-major [k, n] (gradients).
 // Packed weights are panels [k][kNV][lanes]; direct ones are read where they lie, for calls too short to pay a packing.
 
+// Blocks of hidden units in a panel with all their gates, so that it is three or four vectors wide.
+constexpr int units_in_panel(int gates) { return gates == 1 ? 4 : 1; }
+
 template <class CT_, class ST_>
 struct Plain {
   typedef CT_ CT;

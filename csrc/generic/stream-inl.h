@@ -26,8 +26,7 @@ class Stream final : public Stepper {
   typedef typename M::Kept Kept;
   typedef vec<CT> V;
   static constexpr int n = Simd<CT>::n, G = Cell::kGates;
-  static constexpr int kUnits = G == 1 ? 4 : 1;  // hidden blocks in a panel, so that it is three or four vectors wide
-  static constexpr int kWide = 4;
+  static constexpr int kUnits = units_in_panel(G), kWide = units_in_panel(1);
   static constexpr bool kJoined = !Cell::kSplit && !M::kScaled;
 
   // Weights of one product, in panels, and what goes with their columns.
