@@ -22,6 +22,25 @@ struct Weights {
   bool reverse = false;
 };
 
+// Which entries are kept, bytes of 0 and 1 [rows, width], and what these are multiplied by; null: all, and by 1.
+struct Mask {
+  const uint8_t* keep = nullptr;
+  double scale = 1;
+};
+
+// What a scan does beyond the plain one.
+struct Options {
+  Mask h;                                   // [N, B, P] of the h that meets w_hh, at every step of a sequence
+  Mask h_step;                              // [S, N, P] the same, step by step
+  Mask candidate;                           // [S, N, H]
+  const uint8_t* zoneout[kMaxStates] = {};  // [S, N, width] where h and c keep what entered; or null
+  double share[kMaxStates] = {};            // how much of it stays, where there is no such mask
+  double cell_clip = 0, grad_clip = 0;      // 0: none
+
+  bool zones(int k) const { return zoneout[k] || share[k] > 0; }
+  bool drops() const { return h.keep || h_step.keep; }
+};
+
 // What forward and backward share. S rows of (time, batch), N groups; row of (t, b) is offsets[t] + b.
 struct Scan {
   Cell cell = Cell::lstm;
@@ -34,6 +53,7 @@ struct Scan {
   int64_t reset_s = 0, reset_n = 0;
   const void* reset_state[kMaxStates] = {};  // [N, B, width], batch stride 0 allowed; null: zero
   int64_t reset_state_n[kMaxStates] = {}, reset_state_b[kMaxStates] = {};
+  const Options* options = nullptr;    // null: a plain scan
   const Weights* weights = nullptr;    // [N]
   const void* state[kMaxStates] = {};  // [N, B, width] contiguous; forward only: null for zero
   int threads = 1;

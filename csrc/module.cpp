@@ -47,13 +47,15 @@ void check_rows(const Scan& s) {
 }
 
 // What both directions are given: sizes (T, B, S, N, I, H, P, models, threads), layout (offsets, lengths, reset, its
-// two strides), reset_states (pointer and two strides each), weights (w_hh, b_hh, w_hr, w_ih, b_ih, reverse for each
-// group).
+// two strides), reset_states (pointer and two strides each), options (none, or the masks h, h_step and candidate with
+// the scale of each, zoneout of h and c, the shares of both, cell_clip, grad_clip), weights (w_hh, b_hh, w_hr, w_ih,
+// b_ih, reverse for each group).
 struct Common {
   std::vector<Weights> weights;
+  Options options;
 
   void fill(Scan& s, int cell, int dtype, const py::tuple& sizes, const py::tuple& layout,
-            const py::tuple& reset_states, const py::tuple& groups, const py::tuple& states) {
+            const py::tuple& reset_states, const py::tuple& given, const py::tuple& groups, const py::tuple& states) {
     s.cell = Cell(cell);
     s.dtype = DType(dtype);
     int64_t* size[] = {&s.T, &s.B, &s.S, &s.N, &s.I, &s.H, &s.P, &s.models};
@@ -68,6 +70,21 @@ struct Common {
       s.reset_state[k] = pointer(reset_states[3 * k]);
       s.reset_state_n[k] = integer(reset_states[3 * k + 1]);
       s.reset_state_b[k] = integer(reset_states[3 * k + 2]);
+    }
+    if (given.size()) {
+      Options& o = options;
+      auto bytes = [&](int k) { return static_cast<const uint8_t*>(pointer(given[k])); };
+      auto number = [&](int k) { return PyFloat_AsDouble(given[k].ptr()); };
+      o.h = {bytes(0), number(1)};
+      o.h_step = {bytes(2), number(3)};
+      o.candidate = {bytes(4), number(5)};
+      o.zoneout[0] = bytes(6);
+      o.zoneout[1] = bytes(7);
+      o.share[0] = number(8);
+      o.share[1] = number(9);
+      o.cell_clip = number(10);
+      o.grad_clip = number(11);
+      s.options = &options;
     }
     weights.resize(s.N);
     for (int64_t g = 0; g < s.N; g++) {
@@ -84,11 +101,11 @@ struct Common {
 };
 
 void forward(const std::string& isa, int cell, int dtype, const py::tuple& sizes, const py::tuple& layout,
-             const py::tuple& reset_states, const py::tuple& groups, const py::tuple& states, const py::tuple& input,
-             const py::tuple& outputs) {
+             const py::tuple& reset_states, const py::tuple& options, const py::tuple& groups, const py::tuple& states,
+             const py::tuple& input, const py::tuple& outputs) {
   Forward f;
   Common common;
-  common.fill(f, cell, dtype, sizes, layout, reset_states, groups, states);
+  common.fill(f, cell, dtype, sizes, layout, reset_states, options, groups, states);
   f.gx = pointer(input[0]);
   f.gx_s = integer(input[1]);
   f.gx_n = integer(input[2]);
@@ -104,11 +121,11 @@ void forward(const std::string& isa, int cell, int dtype, const py::tuple& sizes
 }
 
 void backward(const std::string& isa, int cell, int dtype, const py::tuple& sizes, const py::tuple& layout,
-              const py::tuple& reset_states, const py::tuple& groups, const py::tuple& states, const py::tuple& saved,
-              const py::tuple& grads, const py::tuple& outputs) {
+              const py::tuple& reset_states, const py::tuple& options, const py::tuple& groups, const py::tuple& states,
+              const py::tuple& saved, const py::tuple& grads, const py::tuple& outputs) {
   Backward f;
   Common common;
-  common.fill(f, cell, dtype, sizes, layout, reset_states, groups, states);
+  common.fill(f, cell, dtype, sizes, layout, reset_states, options, groups, states);
   f.y = pointer(saved[0]);
   f.seq = pointer(saved[1]);
   f.planes = pointer(saved[2]);

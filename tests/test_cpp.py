@@ -235,7 +235,7 @@ def test_memory_that_cannot_be_had() -> None:
     T, B, H = 4, 16, 2**21
     sizes = (T, B, T * B, 1, 0, H, H, 1, 1)
     with pytest.raises(RuntimeError, match=r"out of memory: cannot allocate \d{14} bytes"):
-        _cpu.forward("baseline", 0, 1, sizes, (0,) * 5, (), (0,) * 6, (0,), (0,) * 6, (0,) * 5)
+        _cpu.forward("baseline", 0, 1, sizes, (0,) * 5, (), (), (0,) * 6, (0,), (0,) * 6, (0,) * 5)
 
 
 # ---- the process around --------------------------------------------------------------------------------------------

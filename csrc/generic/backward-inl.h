@@ -19,6 +19,7 @@ class BackwardScan {
 
   BackwardScan(const Backward& f, int max_threads) : f_(f), rows_(f) {
     projected_ = f.weights[0].w_hr != nullptr;
+    zones_h_ = f.options && f.options->zones(0);
     blocks_ = ceil_div(f.H, n);
     out_blocks_ = ceil_div(f.P, n);
     split_ = Split::choose(f, max_threads, blocks_, G * f.H * f.P, G * f.H * f.P * int64_t(sizeof(W)) / M::kPair, 0,
@@ -158,6 +159,7 @@ class BackwardScan {
       for (int64_t j = columns.begin; j < columns.end; j += n) {
         int valid = columns.take(j, n);
         V d = load(dy + j, valid) + load(dh_at(job.g, i) + j);
+        if (zones_h_) d = past(job, i, row, j, valid, d);
         store(total + j, d, valid);
         store(dp_at(job.g, i) + j, d, valid);
       }
@@ -175,7 +177,11 @@ class BackwardScan {
         for (int64_t b = job.own.begin; b < job.own.end; b++) {
           int64_t j = b * n;
           int valid = int(f_.H - j < n ? f_.H - j : n);
-          cell_back(job, row, i, j, valid, parity, from, load(dy + j, valid) + load(dh_at(job.g, i) + j));
+          V d = load(dy + j, valid) + load(dh_at(job.g, i) + j);
+          if (__builtin_expect(f_.options != nullptr, 0))
+            optional_cell_back(job, row, i, j, valid, parity, from, zones_h_ ? past(job, i, row, j, valid, d) : d);
+          else
+            cell_back<false>(job, row, i, j, valid, parity, from, d);
         }
       }
       return;
@@ -193,8 +199,12 @@ class BackwardScan {
         Entering from = entering(job, t, k, row);
         for (int u = 0; u < units; u++) {
           int64_t j = (b + u) * n;
-          cell_back(job, row, k, j, int(f_.H - j < n ? f_.H - j : n), parity, from,
-                    load(job.sums + (i * units + u) * n));
+          int valid = int(f_.H - j < n ? f_.H - j : n);
+          V d = load(job.sums + (i * units + u) * n);
+          if (__builtin_expect(f_.options != nullptr, 0))
+            optional_cell_back(job, row, k, j, valid, parity, from, d);
+          else
+            cell_back<false>(job, row, k, j, valid, parity, from, d);
         }
       }
     }
@@ -260,6 +270,19 @@ class BackwardScan {
     }
   }
 
+  // Leaves in dh what goes past the step, to the h that entered it; returns the rest.
+  __attribute__((noinline)) V past(const Job& job, int64_t i, int64_t row, int64_t j, int valid, V d) {
+    V stay = stays<CT>(*f_.options, 0, (row * f_.N + job.g) * f_.P + j, valid);
+    store(dh_at(job.g, i) + j, stay * d);
+    return (1 - stay) * d;
+  }
+
+  __attribute__((noinline)) void optional_cell_back(const Job& job, int64_t row, int64_t i, int64_t j, int valid,
+                                                    int parity, const Entering& from, V dh) {
+    cell_back<true>(job, row, i, j, valid, parity, from, dh);
+  }
+
+  template <bool kOptions>
   RK_INLINE void cell_back(const Job& job, int64_t row, int64_t i, int64_t j, int valid, int parity,
                            const Entering& from, V dh) {
     int64_t at = row * f_.N + job.g;
@@ -272,14 +295,21 @@ class BackwardScan {
       dstate[1] = load(dc_at(job.g, i) + j);
       if (f_.dseq) dstate[1] += load((const CT*)f_.dseq + at * f_.H + j, valid);
     }
-    Cell::step_backward(dstate, plane, state, dgx, dgh, denter);
+    if constexpr (kOptions)
+      optional_back(at * f_.H + j, valid, dstate, plane, state, dgx, dgh, denter);
+    else
+      Cell::step_backward(dstate, plane, state, dgx, dgh, denter, NoOptions());
     for (int k = 0; k < G; k++) {
       int64_t column = at * G * f_.H + k * f_.H + j;
       store((ST*)f_.dgx + column, dgx[k], valid);
       if (Cell::kSplit) store((ST*)f_.dgh + column, dgh[k], valid);
       store(dg_at(job.g, parity, i) + k * f_.H + j, dgh[k], valid);
     }
-    if (Cell::kReadsH) store(dh_at(job.g, i) + j, denter[0]);
+    if (Cell::kReadsH) {
+      CT* to = dh_at(job.g, i) + j;
+      if (kOptions && zones_h_) denter[0] += load(to);
+      store(to, denter[0]);
+    }
     if constexpr (K > 1) {
       if (__builtin_expect(from.fresh, 0)) {
         if (f_.dreset_state[0]) {
@@ -288,8 +318,19 @@ class BackwardScan {
         }
         denter[1] = V{};
       }
+      if (kOptions) denter[1] = bounded(denter[1], CT(f_.options->grad_clip));
       store(dc_at(job.g, i) + j, denter[1]);
     }
+  }
+
+  void optional_back(int64_t at, int valid, V* dstate, const V* plane, const V* state, V* dgx, V* dgh, V* denter) {
+    const Options& o = *f_.options;
+    StepOptions<V> options = step_options<CT>(o, at, valid);
+    if (K == 1 || !o.zones(1)) return Cell::step_backward(dstate, plane, state, dgx, dgh, denter, options);
+    V stay = stays<CT>(o, 1, at, valid), to_c = stay * dstate[K - 1];
+    dstate[K - 1] *= 1 - stay;
+    Cell::step_backward(dstate, plane, state, dgx, dgh, denter, options);
+    denter[K - 1] += to_c;
   }
 
   // Gradient of the entering h for this thread's outputs: the product with W_hh on top of the cell's own path.
@@ -308,14 +349,23 @@ class BackwardScan {
       for (int64_t i = 0; i < count; i++) {
         bool fresh = rows_.resets(rows_.at(t, job.rows[i]), job.g);
         for (int u = 0; u < units; u++)
-          put_carry(job, job.rows[i], (b + u) * n, load(job.sums + (i * units + u) * n), fresh);
+          if (__builtin_expect(f_.options != nullptr, 0))
+            optional_put_carry(job, t, job.rows[i], (b + u) * n, load(job.sums + (i * units + u) * n), fresh);
+          else
+            put_carry<false>(job, t, job.rows[i], (b + u) * n, load(job.sums + (i * units + u) * n), fresh);
       }
     }
   }
 
-  RK_INLINE void put_carry(const Job& job, int64_t i, int64_t j, V d, bool fresh) {
+  __attribute__((noinline)) void optional_put_carry(const Job& job, int64_t t, int64_t i, int64_t j, V d, bool fresh) {
+    put_carry<true>(job, t, i, j, d, fresh);
+  }
+
+  template <bool kOptions>
+  RK_INLINE void put_carry(const Job& job, int64_t t, int64_t i, int64_t j, V d, bool fresh) {
     CT* to = dh_at(job.g, i) + j;
-    if (Cell::kReadsH) d += load(to);
+    if (kOptions) d = dropped(job, t, i, j, d);
+    if (Cell::kReadsH || (kOptions && zones_h_)) d += load(to);
     if (__builtin_expect(fresh, 0)) {
       if (f_.dreset_state[0]) {
         CT* sum = fresh_h_ + (job.g * f_.B + i) * h_stride_ + j;
@@ -323,7 +373,16 @@ class BackwardScan {
       }
       d = V{};
     }
+    if (kOptions) d = bounded(d, CT(f_.options->grad_clip));
     store(to, d);
+  }
+
+  // The gradient of the h that entered step t, from that of its left side.
+  V dropped(const Job& job, int64_t t, int64_t i, int64_t j, V d) const {
+    const Options& o = *f_.options;
+    int valid = int(f_.P - j < n ? f_.P - j : n);
+    d *= factors<CT>(o.h, (job.g * f_.B + rows_.batch_row(i)) * f_.P + j, valid);
+    return d * factors<CT>(o.h_step, (rows_.at(t, i) * f_.N + job.g) * f_.P + j, valid);
   }
 
   void finish(const Job& job) {
@@ -348,7 +407,7 @@ class BackwardScan {
   Rows rows_;
   Split split_;
   Scratch mem_;
-  bool projected_, pack_;
+  bool projected_, zones_h_, pack_;
   int64_t blocks_, out_blocks_, c_stride_, h_stride_, d_stride_, g_stride_, hh_steps_, hr_steps_;
   CT *dh_, *dc_, *fresh_h_, *fresh_c_, *sums_;
   const A** a_rows_;

@@ -41,7 +41,9 @@ class ForwardScan {
     prefer_large_pages(f.planes, cells * Cell::kPlanes * sizeof(ST));
     prefer_large_pages(f.hidden, cells * sizeof(ST));
     int threads = split_.threads();
+    drops_ = f.options && f.options->drops();
     mem_.add(&h_, f.N * 2 * f.B * h_stride_);
+    mem_.add(&left_, drops_ ? f.N * 2 * f.B * h_stride_ : 0);
     mem_.add(&c_, Cell::kStates > 1 ? f.N * f.B * c_stride_ : 0);
     mem_.add(&m_, projected_ ? f.N * f.B * m_stride_ : 0);
     mem_.add(&bias_hh_, f.N * blocks_ * G * n);
@@ -139,6 +141,10 @@ class ForwardScan {
   // Where a block of hidden units starts among the gates of all groups.
   int64_t gate(int64_t g, int64_t block) const { return (g * blocks_ + block) * G * n; }
   A* h_at(int64_t g, int parity, int64_t i) { return h_ + ((g * 2 + parity) * f_.B + i) * h_stride_; }
+  // h as it meets w_hh.
+  A* left_at(int64_t g, int parity, int64_t i) {
+    return drops_ ? left_ + ((g * 2 + parity) * f_.B + i) * h_stride_ : h_at(g, parity, i);
+  }
   CT* c_at(int64_t g, int64_t i) { return c_ + (g * f_.B + i) * c_stride_; }
   A* m_at(int64_t g, int64_t i) { return m_ + (g * f_.B + i) * m_stride_; }
 
@@ -156,6 +162,14 @@ class ForwardScan {
     for (int parity = 0; parity < 2; parity++) {
       A* to = h_at(g, parity, i);
       for (int64_t j = 0; j < h_stride_; j++) to[j] = h && j < f_.P ? as_left<M>(h[j]) : A{};
+      if (drops_) {
+        A* left = left_at(g, parity, i);
+        for (int64_t j = 0; j < h_stride_; j++) left[j] = A{};
+        for (int64_t j = 0; h && j < f_.P && rows_.length(i) > 0; j += n) {
+          int valid = int(f_.P - j < n ? f_.P - j : n);
+          drop(g, first, i, j, valid, load(h + j, valid), left);
+        }
+      }
     }
     if constexpr (Cell::kStates > 1) {
       const CT* c = fresh ? reset_value<CT>(f_, 1, g, b) : initial<CT>(1, (g * f_.B + b) * f_.H);
@@ -164,6 +178,14 @@ class ForwardScan {
     }
     if (projected_)
       for (int64_t j = 0; j < m_stride_; j++) m_at(g, i)[j] = A{};
+  }
+
+  // Writes columns of the left side of step t.
+  void drop(int64_t g, int64_t t, int64_t i, int64_t j, int valid, V h, A* left) {
+    const Options& o = *f_.options;
+    h *= factors<CT>(o.h, (g * f_.B + rows_.batch_row(i)) * f_.P + j, valid);
+    h *= factors<CT>(o.h_step, (rows_.at(t, i) * f_.N + g) * f_.P + j, valid);
+    store(left + j, rounded(h, (ST*)nullptr), valid);
   }
 
   // ---- one group, one share of rows, this thread's columns -------------------------------------------------------
@@ -270,7 +292,7 @@ class ForwardScan {
 
   // One step for this thread's columns.
   void advance(const Job& job, int64_t t, int64_t count, int64_t base, int parity) {
-    for (int64_t i = 0; i < count; i++) job.a_rows[i] = h_at(job.g, parity, job.rows[i]);
+    for (int64_t i = 0; i < count; i++) job.a_rows[i] = left_at(job.g, parity, job.rows[i]);
     Walk walk{job.own, kUnits,
               parity != 0};  // back and forth: what the last step read last is still in the nearest cache
     int64_t ahead = job.w.reverse ? t - 1 : t + 1;
@@ -282,14 +304,24 @@ class ForwardScan {
       prefetch(job, ahead, share(coming, walk.count(), p));
       product(count, units, job.a_rows, pack_hh_ ? hh_ + at * hh_steps_ : nullptr, hh_ + then * hh_steps_, hh_steps_,
               (const ST*)job.w.w_hh, f_.P, b, bias_hh_ + at, job.sums);
-      for (int64_t i = 0; i < count; i++)
-        step_row(job, t, job.rows[i], b, units, parity, gx ? gx + i * units * G * n : nullptr,
-                 job.sums + i * units * G * n);
+      for (int64_t i = 0; i < count; i++) {
+        const CT *gx_row = gx ? gx + i * units * G * n : nullptr, *gh = job.sums + i * units * G * n;
+        if (__builtin_expect(f_.options != nullptr, 0))
+          optional_step_row(job, t, job.rows[i], b, units, parity, gx_row, gh);
+        else
+          step_row<false>(job, t, job.rows[i], b, units, parity, gx_row, gh);
+      }
     }
   }
 
-  void step_row(const Job& job, int64_t t, int64_t i, int64_t block, int units, int parity, const CT* gx,
-                const CT* gh) {
+  __attribute__((noinline)) void optional_step_row(const Job& job, int64_t t, int64_t i, int64_t block, int units,
+                                                   int parity, const CT* gx, const CT* gh) {
+    step_row<true>(job, t, i, block, units, parity, gx, gh);
+  }
+
+  template <bool kOptions>
+  RK_INLINE void step_row(const Job& job, int64_t t, int64_t i, int64_t block, int units, int parity, const CT* gx,
+                          const CT* gh) {
     int64_t row = rows_.at(t, i), at = row * f_.N + job.g, b = rows_.batch_row(i);
     bool restart = resets_next(job, t, i);
     const ST* gx_row = (const ST*)f_.gx + row * f_.gx_s + job.g * f_.gx_n;
@@ -303,7 +335,14 @@ class ForwardScan {
       }
       if (Cell::kReadsH) state[0] = load(h_at(job.g, parity, i) + j);
       if constexpr (Cell::kStates > 1) state[1] = load(c_at(job.g, i) + j);
-      Cell::step(x, h, state, plane);
+      if constexpr (kOptions) {
+        V c0 = state[Cell::kStates - 1];
+        Cell::step(x, h, state, plane, step_options<CT>(*f_.options, at * f_.H + j, valid));
+        if (Cell::kStates > 1 && f_.options->zones(1))
+          state[1] = mixed(stays<CT>(*f_.options, 1, at * f_.H + j, valid), c0, state[1]);
+      } else {
+        Cell::step(x, h, state, plane, NoOptions());
+      }
       if (f_.planes)
         for (int q = 0; q < Cell::kPlanes; q++)
           store((ST*)f_.planes + (at * Cell::kPlanes + q) * f_.H + j, plane[q], valid);
@@ -319,7 +358,7 @@ class ForwardScan {
         if (f_.hidden) store((ST*)f_.hidden + at * f_.H + j, state[0], valid);
         store(m_at(job.g, i) + j, rounded(state[0], (ST*)nullptr), valid);
       } else {
-        put_h(job, i, parity, at, j, valid, state[0], restart);
+        put_h<kOptions>(job, t, i, parity, at, j, valid, state[0], restart);
       }
     }
   }
@@ -330,13 +369,26 @@ class ForwardScan {
     return next >= 0 && rows_.resets(rows_.at(next, i), job.g);
   }
 
-  RK_INLINE void put_h(const Job& job, int64_t i, int parity, int64_t at, int64_t j, int valid, V h, bool restart) {
+  template <bool kOptions>
+  RK_INLINE void put_h(const Job& job, int64_t t, int64_t i, int parity, int64_t at, int64_t j, int valid, V h,
+                       bool restart) {
+    if (kOptions && f_.options->zones(0))
+      h = mixed(stays<CT>(*f_.options, 0, at * f_.P + j, valid), load(h_at(job.g, parity, i) + j), h);
     store((ST*)f_.y + at * f_.P + j, h, valid);
     if (__builtin_expect(restart, 0)) {
       const ST* fresh = reset_value<ST>(f_, 0, job.g, rows_.batch_row(i));
       h = fresh ? load(fresh + j, valid) : V{};
     }
     store(h_at(job.g, parity ^ 1, i) + j, rounded(h, (ST*)nullptr), valid);
+    if (kOptions && drops_) {
+      int64_t next = rows_.next(t, i, job.w.reverse);
+      if (next >= 0) drop(job.g, next, i, j, valid, h, left_at(job.g, parity ^ 1, i));
+    }
+  }
+
+  __attribute__((noinline)) void optional_put_h(const Job& job, int64_t t, int64_t i, int parity, int64_t at, int64_t j,
+                                                int valid, V h, bool restart) {
+    put_h<true>(job, t, i, parity, at, j, valid, h, restart);
   }
 
   // h' = m W_hr^T for this thread's outputs.
@@ -362,8 +414,14 @@ class ForwardScan {
       for (int64_t i = 0; i < count; i++)
         for (int u = 0; u < units; u++) {
           int64_t j = (b + u) * n, row = job.rows[i];
-          put_h(job, row, parity, rows_.at(t, row) * f_.N + job.g, j, int(f_.P - j < n ? f_.P - j : n),
-                load(job.sums + (i * units + u) * n), resets_next(job, t, row));
+          int64_t at = rows_.at(t, row) * f_.N + job.g;
+          int valid = int(f_.P - j < n ? f_.P - j : n);
+          bool restart = resets_next(job, t, row);
+          V h = load(job.sums + (i * units + u) * n);
+          if (__builtin_expect(f_.options != nullptr, 0))
+            optional_put_h(job, t, row, parity, at, j, valid, h, restart);
+          else
+            put_h<false>(job, t, row, parity, at, j, valid, h, restart);
         }
     }
   }
@@ -388,10 +446,10 @@ class ForwardScan {
   Rows rows_;
   Split split_;
   Scratch mem_;
-  bool projected_, pack_hh_, pack_ih_, x_in_place_;
+  bool projected_, drops_, pack_hh_, pack_ih_, x_in_place_;
   int64_t blocks_, out_blocks_, h_stride_, m_stride_, x_stride_, c_stride_, hh_steps_, ih_steps_, hr_steps_;
   int64_t chunk_steps_, chunk_rows_, gx_size_, x_size_;
-  A *h_, *m_, *x_;
+  A *h_, *left_, *m_, *x_;
   const A **x_rows_, **a_rows_;
   CT *sums_, *c_, *bias_hh_, *bias_ih_, *gx_;
   W *hh_, *ih_, *hr_;

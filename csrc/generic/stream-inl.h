@@ -322,7 +322,7 @@ class Stream final : public Stepper {
       if (Cell::kReadsH) state[0] = load(row(l, i) + l.h + j);
       CT* c = l.c + active_[i] * blocks_ * n + j;
       if constexpr (Cell::kStates > 1) state[1] = load(c);
-      Cell::step(x, h, state, plane);
+      Cell::step(x, h, state, plane, NoOptions());
       if constexpr (Cell::kStates > 1) store(c, state[1]);
       store(m + j, as_stored(state[0]), left(s_.H, j));
     }

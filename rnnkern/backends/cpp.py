@@ -18,7 +18,7 @@ except ImportError as error:
 CELL_NUMBERS = {"rnn_tanh": 0, "rnn_relu": 1, "lstm": 2, "gru": 3}
 DTYPE_NUMBERS = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 _PARAMS = ("w_hh", "b_hh", "w_hr")
-_UNDONE = ("zoneout", "cell_clip", "proj_clip", "grad_clip")
+_MASKS = ("h", "h_step", "candidate", "zoneout_h", "zoneout_c")
 
 
 class Cpp:
@@ -36,12 +36,16 @@ class Cpp:
         if inputs.gx.dtype not in DTYPE_NUMBERS:
             reasons.append(f"dtype {inputs.gx.dtype}: only {', '.join(str(d) for d in DTYPE_NUMBERS)}")
         if spec.cell not in CELL_NUMBERS:
-            reasons.append(f"cell {spec.cell}: only {', '.join(CELL_NUMBERS)}")
+            return [*reasons, f"cell {spec.cell}: only {', '.join(CELL_NUMBERS)}"]
         reasons += [f"parameter {p}" for p in spec.params if p not in _PARAMS]
-        reasons += [f"mask {m}" for m in spec.noise]
+        known = {"h", "h_step", "zoneout_h", *CELLS[spec.cell].masks, *(("zoneout_c",) if _has_c(spec) else ())}
+        reasons += [f"mask {m}" for m in spec.noise if m not in known]
         if spec.cell == "gru" and "w_hr" in spec.params:
             reasons.append("a projected gru: its step reads h at full width")
-        reasons += [word for word in _UNDONE if getattr(spec, word) not in (0.0, (0.0, 0.0))]
+        if spec.proj_clip:
+            reasons.append("proj_clip")
+        if not _has_c(spec) and (spec.cell_clip or spec.zoneout[1]):
+            reasons.append(f"{spec.cell} has no state c to clip or zone out")
         return reasons
 
     def forward(self, inputs: ScanInputs) -> ScanOutputs:
@@ -89,6 +93,7 @@ class Cpp:
         final = tuple(torch.empty_like(s) for s in states)
         keep, groups = _groups(spec, inputs.params, w_ih, b_ih)
         keep_layout, layout, resets = _layout(inputs)
+        keep_masks, options = _options(inputs)
         _cpu.forward(
             self.isa,
             CELL_NUMBERS[spec.cell],
@@ -96,6 +101,7 @@ class Cpp:
             (inputs.T, inputs.B, S, N, width, H, P, models, torch.get_num_threads()),
             layout,
             resets,
+            options,
             groups,
             tuple(s.data_ptr() for s in states),
             source,
@@ -107,7 +113,7 @@ class Cpp:
                 *(f.data_ptr() for f in final),
             ),
         )
-        del keep, keep_layout  # addresses of these were in use until here
+        del keep, keep_layout, keep_masks  # addresses of these were in use until here
         return ScanOutputs(y, final, seq, planes, hidden)
 
     def backward(
@@ -142,6 +148,7 @@ class Cpp:
         dresets = tuple(torch.empty_like(s) for s in states) if inputs.reset_states else ()
         keep, groups = _groups(spec, inputs.params, (None,) * N, (None,) * N)
         keep_layout, layout, resets = _layout(inputs)
+        keep_masks, options = _options(inputs)
         _cpu.backward(
             self.isa,
             CELL_NUMBERS[spec.cell],
@@ -149,6 +156,7 @@ class Cpp:
             (inputs.T, inputs.B, S, N, 0, H, P, 1, torch.get_num_threads()),
             layout,
             resets,
+            options,
             groups,
             tuple(s.data_ptr() for s in states),
             (y.data_ptr(), seq[0].data_ptr() if seq else 0, planes.data_ptr()),
@@ -167,13 +175,31 @@ class Cpp:
                 *(_padded([d.data_ptr() for d in dresets])),
             ),
         )
-        del keep, keep_layout
+        del keep, keep_layout, keep_masks
         return ScanGrads(dgx, dgh, dgx.new_empty(0), dh, dstates, dresets)
 
 
 def _plane_is_output(spec: ScanSpec) -> bool:
     """Whether what the cell saves is the h that it gives out."""
-    return spec.cell in ("rnn_tanh", "rnn_relu") and "w_hr" not in spec.params
+    zoned = "zoneout_h" in spec.noise or spec.zoneout[0]
+    return spec.cell in ("rnn_tanh", "rnn_relu") and "w_hr" not in spec.params and not zoned
+
+
+def _has_c(spec: ScanSpec) -> bool:
+    return len(CELLS[spec.cell].states) > 1
+
+
+def _options(inputs: ScanInputs) -> tuple[list[Tensor], tuple[int | float, ...]]:
+    """What the scan does beyond the plain one; empty: nothing."""
+    spec = inputs.spec
+    if not spec.noise and not any((*spec.zoneout, spec.cell_clip, spec.grad_clip)):
+        return [], ()
+    masks = {name: mask.contiguous() for name, mask in zip(spec.noise, inputs.noise, strict=True)}
+    scales = dict(zip(spec.noise, spec.scales, strict=True))
+    address = {name: masks[name].data_ptr() if name in masks else 0 for name in _MASKS}
+    dropped = (v for name in _MASKS[:3] for v in (address[name], scales.get(name, 1.0)))
+    zoned = (address["zoneout_h"], address["zoneout_c"], *spec.zoneout)
+    return list(masks.values()), (*dropped, *zoned, spec.cell_clip, spec.grad_clip)
 
 
 def _padded(pointers: list[int]) -> list[int]:

@@ -1,0 +1,65 @@
+"""Masks, zoneout and bounds in the C++ scans: each instruction set, sizes, layouts and resets, one thread and two."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+import pytest
+import torch
+from scans import Case, agree, gradients_of, inputs_of, references, run
+from test_cpp import cases, every_isa
+
+from rnnkern.backends.base import ScanInputs
+from rnnkern.backends.cpp import Cpp
+from rnnkern.cells import CELLS
+
+
+def with_options(case: Case) -> ScanInputs:
+    """The case's scan with some of the options, in other company from case to case."""
+    inputs, cell = inputs_of(case), CELLS[case.cell]
+    rng, generator = random.Random(str(case)), torch.Generator().manual_seed(case.seed)
+    (S, N, width), B, P = inputs.gx.shape, inputs.B, inputs.states[0].shape[-1]
+    H, two = width // len(cell.gates), len(cell.states) > 1
+    sizes = {"h": (N, B, P), "h_step": (S, N, P), "zoneout_h": (S, N, P), "zoneout_c": (S, N, H)}
+    sizes |= {name: (S, N, H) for name in cell.masks}
+    names = [name for name in sizes if (two or name != "zoneout_c") and rng.random() < 0.5]
+    share = (rng.choice([0.0, 0.3]), rng.choice([0.0, 0.2]) if two else 0.0)
+    spec = dataclasses.replace(
+        inputs.spec,
+        noise=tuple(names),
+        scales=tuple(1.0 if name.startswith("zoneout") else 1 / 0.7 for name in names),
+        zoneout=share,
+        cell_clip=rng.choice([0.0, 0.5]) if two else 0.0,
+        grad_clip=rng.choice([0.0, 0.5]),
+    )
+    noise = tuple(torch.rand(sizes[name], generator=generator) < 0.7 for name in names)
+    return dataclasses.replace(inputs, spec=spec, noise=noise)
+
+
+@every_isa
+@pytest.mark.parametrize("case", cases(), ids=str)
+def test_equals_the_reference(case: Case, isa: str) -> None:
+    inputs, backend = with_options(case), Cpp(isa)
+    grads = gradients_of(case, inputs)
+    yardstick, truth, saved = references(inputs, grads)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            agree(run(backend, inputs, grads, saved), yardstick, truth, inputs)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_refusals_are_by_name() -> None:
+    inputs, backend = inputs_of(Case("gru")), Cpp()
+
+    def reasons(**options: object) -> list[str]:
+        return backend.unsupported(dataclasses.replace(inputs, spec=dataclasses.replace(inputs.spec, **options)))  # type: ignore[arg-type]
+
+    assert reasons(proj_clip=1.0) == ["proj_clip"]
+    assert reasons(noise=("zoneout_c",)) == ["mask zoneout_c"]
+    assert reasons(cell_clip=1.0) == reasons(zoneout=(0.0, 0.1)) == ["gru has no state c to clip or zone out"]
+    assert reasons(params=("w_hh", "b_hh", "ln_hh")) == ["parameter ln_hh"]
+    assert not reasons(noise=("h", "h_step", "candidate", "zoneout_h"), zoneout=(0.1, 0.0), grad_clip=1.0)
