@@ -73,9 +73,9 @@ PyObject* layer(PyObject*, PyObject* const* args, Py_ssize_t count) {
   PyThreadState* released = nullptr;
   try {
     const Kernels& k = choose_kernels(isa);
-    released = PyEval_SaveThread();
+    if (f.S * rows * (f.I + f.P) > kLong) released = PyEval_SaveThread();
     k.forward(f);
-    PyEval_RestoreThread(released);
+    if (released) PyEval_RestoreThread(released);
   } catch (const std::exception& error) {
     if (released) PyEval_RestoreThread(released);
     return PyErr_Format(PyExc_RuntimeError, "%s", error.what());

@@ -217,7 +217,6 @@ PyObject* create(PyTypeObject* type, PyObject* args, PyObject*) {
   new (&o->active) std::vector<uint8_t>();
   new (&o->busy) std::atomic_flag();
   o->busy.clear();
-  constexpr int64_t kLong = 1000 * 1000;  // multiplications: 20 us and more, beside which a lock's hand-over is small
   o->long_steps = s.layers * s.B * (s.cell == Cell::lstm ? 4 : 3) * s.H * (s.P + (s.layers > 1 ? s.P : s.I)) > kLong;
   try {
     o->active.reserve(s.B);

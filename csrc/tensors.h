@@ -32,6 +32,9 @@ class View {
 // Whether `object` is absent or a tensor of these sizes and this dtype; its address then.
 bool address(PyObject* object, DType dtype, const int64_t* sizes, int ndim, const void** data);
 
+// Multiplications in a call that takes 20 us and more, beside which handing the interpreter's lock over is small.
+constexpr int64_t kLong = 1000 * 1000;
+
 // A new tensor of these sizes, of `like`'s dtype or the accumulation dtype.
 PyObject* fresh(PyObject* like, const int64_t* sizes, int ndim, bool accumulate, void** data);
 

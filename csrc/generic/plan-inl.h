@@ -58,14 +58,6 @@ struct Split {
   static constexpr int64_t kFairRowsFar = 32;
   static constexpr int64_t kWorthARegion = 600 * 1000;  // about 10 us on one core
   static constexpr int64_t kWorthABarrier = 50 * 1000;  // about 1 us: a barrier and the other threads' share of h
-  Deal deal(int64_t B, bool ragged, int team) const {
-    int64_t r = team % rows;
-    Range mine = share(B, rows, r);
-    if (!ragged) return {mine.begin, 1, mine.size(), mine.begin};
-    return {r, rows, (B - r + rows - 1) / rows, r * ceil_div(B, rows)};
-  }
-  // Rows that buffers of all shares need.
-  int64_t dealt(int64_t B) const { return ceil_div(B, rows) * rows; }
 
   // Who packs panel `index` of share `col` of group g: a thread that will read it, so that it starts out in its cache.
   int packer(int64_t g, int col, int64_t index) const { return int((g % groups * rows + index % rows) * cols + col); }
