@@ -28,6 +28,10 @@ struct Mask {
   double scale = 1;
 };
 
+// Parameters of a group beyond its matrices and biases, in the storage dtype: the gains of layer norm on h's product
+// [G*H]; peepholes, and gain and shift of layer norm on c [H].
+enum Small : int { kGain, kPeepholeI, kPeepholeF, kPeepholeO, kGainC, kShiftC, kSmalls };
+
 // What a scan does beyond the plain one.
 struct Options {
   Mask h;                                   // [N, B, P] of the h that meets w_hh, at every step of a sequence
@@ -35,7 +39,11 @@ struct Options {
   Mask candidate;                           // [S, N, H]
   const uint8_t* zoneout[kMaxStates] = {};  // [S, N, width] where h and c keep what entered; or null
   double share[kMaxStates] = {};            // how much of it stays, where there is no such mask
-  double cell_clip = 0, grad_clip = 0;      // 0: none
+  double cell_clip = 0, proj_clip = 0, grad_clip = 0;  // 0: none
+  double eps = 0;                                      // of layer norm
+  const void* const* small = nullptr;                  // [N][kSmalls], null where there is none
+
+  bool whole_rows() const { return small && (small[kGain] || small[kGainC]); }
 
   bool zones(int k) const { return zoneout[k] || share[k] > 0; }
   bool drops() const { return h.keep || h_step.keep; }
@@ -78,10 +86,14 @@ struct Backward : Scan {
   const void* dy = nullptr;      // [S, N, P], last stride 1
   int64_t dy_s = 0, dy_n = 0;
   const void* dseq = nullptr;           // [S, N, H] contiguous or null
+  const void* product = nullptr;        // [S, N, G*H] of h and w_hh, accumulation dtype; with kGain only
+  const void* projected = nullptr;      // [S, N, P] by w_hr before the clip, accumulation dtype; with proj_clip only
   const void* dfinal[kMaxStates] = {};  // [N, B, width] contiguous
   void* dgx = nullptr;                  // [S, N, G*H]
   void* dgh = nullptr;                  // [S, N, G*H], cells with a split gate only
+  void* dproduct = nullptr;             // [S, N, G*H], with kGain only
   void* dh = nullptr;                   // [S, N, P], with w_hr only
+  void* const* dsmall = nullptr;        // [N][kSmalls], accumulation dtype; null where there is none
   void* dstate[kMaxStates] = {};        // [N, B, width]
   void* dreset_state[kMaxStates] = {};  // [N, B, width], zeroed by the caller; null without reset states
 };

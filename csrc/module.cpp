@@ -48,11 +48,12 @@ void check_rows(const Scan& s) {
 
 // What both directions are given: sizes (T, B, S, N, I, H, P, models, threads), layout (offsets, lengths, reset, its
 // two strides), reset_states (pointer and two strides each), options (none, or the masks h, h_step and candidate with
-// the scale of each, zoneout of h and c, the shares of both, cell_clip, grad_clip), weights (w_hh, b_hh, w_hr, w_ih,
-// b_ih, reverse for each group).
+// the scale of each, zoneout of h and c, the shares of both, cell_clip, proj_clip, grad_clip, eps, and, where any
+// group has them, kSmalls for each), weights (w_hh, b_hh, w_hr, w_ih, b_ih, reverse for each group).
 struct Common {
   std::vector<Weights> weights;
   Options options;
+  std::vector<const void*> small;
 
   void fill(Scan& s, int cell, int dtype, const py::tuple& sizes, const py::tuple& layout,
             const py::tuple& reset_states, const py::tuple& given, const py::tuple& groups, const py::tuple& states) {
@@ -83,7 +84,11 @@ struct Common {
       o.share[0] = number(8);
       o.share[1] = number(9);
       o.cell_clip = number(10);
-      o.grad_clip = number(11);
+      o.proj_clip = number(11);
+      o.grad_clip = number(12);
+      o.eps = number(13);
+      for (size_t k = 14; k < given.size(); k++) small.push_back(pointer(given[k]));
+      if (!small.empty()) o.small = small.data();
       s.options = &options;
     }
     weights.resize(s.N);
@@ -129,13 +134,19 @@ void backward(const std::string& isa, int cell, int dtype, const py::tuple& size
   f.y = pointer(saved[0]);
   f.seq = pointer(saved[1]);
   f.planes = pointer(saved[2]);
+  f.product = pointer(saved[3]);
+  f.projected = pointer(saved[4]);
   f.dy = pointer(grads[0]);
   f.dy_s = integer(grads[1]);
   f.dy_n = integer(grads[2]);
   f.dseq = pointer(grads[3]);
   for (size_t k = 4; k < grads.size(); k++) f.dfinal[k - 4] = pointer(grads[k]);
-  void** out[] = {&f.dgx, &f.dgh, &f.dh, &f.dstate[0], &f.dstate[1], &f.dreset_state[0], &f.dreset_state[1]};
-  for (size_t i = 0; i < outputs.size(); i++) *out[i] = const_cast<void*>(pointer(outputs[i]));
+  void** out[] = {&f.dgx,       &f.dgh,       &f.dproduct,        &f.dh,
+                  &f.dstate[0], &f.dstate[1], &f.dreset_state[0], &f.dreset_state[1]};
+  for (size_t i = 0; i < 8; i++) *out[i] = const_cast<void*>(pointer(outputs[i]));
+  std::vector<void*> dsmall;
+  for (size_t i = 8; i < outputs.size(); i++) dsmall.push_back(const_cast<void*>(pointer(outputs[i])));
+  if (!dsmall.empty()) f.dsmall = dsmall.data();
   if (PyErr_Occurred()) throw py::error_already_set();
   const Kernels& k = kernels(isa);
   py::gil_scoped_release nogil;

@@ -83,7 +83,7 @@ class Entering:
 
     def shifted(self, n: int) -> Tensor:
         """[S, P]: h after the step before this one, in the group's own direction, or the initial state."""
-        inputs, y, h0, B = self.inputs, self.y[:, n], self.inputs.states[0][n], self.inputs.B
+        inputs, y, h0, B = self.inputs, self.y[:, n], self.inputs.states[0][n].to(self.y.dtype), self.inputs.B
         reverse = inputs.spec.reverse[n]
         if not y.shape[0]:
             return y

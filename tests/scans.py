@@ -190,11 +190,12 @@ def run(backend: Backend, inputs: ScanInputs, grads: tuple, saved: ScanOutputs |
 def references(inputs: ScanInputs, grads: tuple) -> tuple[Results, Results, ScanOutputs | None]:
     """Yardstick, truth, and what a backward to be held against them must be given.
 
-    relu's derivative jumps: where rounding moves a unit past 0, no bound holds. There all go back from the yardstick's
-    forward, elsewhere each from its own.
+    The derivatives of relu and of a clip jump: where rounding moves a unit past the place, no bound holds. There all go
+    back from the yardstick's forward, elsewhere each from its own.
     """
     yardstick = run(REFERENCE, inputs, grads)
-    saved = yardstick[0] if inputs.spec.cell == "rnn_relu" else None
+    jumps = inputs.spec.cell == "rnn_relu" or inputs.spec.cell_clip or inputs.spec.proj_clip
+    saved = yardstick[0] if jumps else None
     assert saved is None or isinstance(saved, ScanOutputs)
     return yardstick, run(REFERENCE, wide(inputs), wide(grads), wide(saved)), saved
 

@@ -33,6 +33,9 @@ class BackwardScan {
     hh_steps_ = packed_steps<M>(G * f.H);
     hr_steps_ = packed_steps<M>(f.P);
     int64_t rows = f.N * f.B;
+    whole_rows_ = f.options && f.options->whole_rows();
+    gates_size_ = G * f.H + 2 * c_stride_;
+    small_size_ = f.dsmall ? (kSmalls + G) * c_stride_ : 0;
     prefer_large_pages(f.dgx, f.S * f.N * G * f.H * sizeof(ST));
     prefer_large_pages(f.dgh, f.S * f.N * G * f.H * sizeof(ST));
     mem_.add(&dh_, rows * h_stride_);
@@ -45,6 +48,9 @@ class BackwardScan {
     mem_.add(&hr_, pack_ && projected_ ? f.N * blocks_ * n * hr_steps_ : 0);
     mem_.add(&sums_, threads() * f.B * 4 * n);
     mem_.add(&a_rows_, threads() * f.B);
+    mem_.add(&d_rows_, whole_rows_ ? threads() * f.B * c_stride_ : 0);
+    mem_.add(&gates_, whole_rows_ ? threads() * gates_size_ : 0);
+    mem_.add(&small_, f.N * split_.rows * small_size_);
     mem_.add(&barriers_, split_.teams() + 1);
     mem_.allocate();
     for (int i = 0; i <= split_.teams(); i++) (new (barriers_ + i) Barrier)->reset(i ? split_.cols : split_.threads());
@@ -58,6 +64,9 @@ class BackwardScan {
     barriers_[0].wait();
     int team = rank / split_.cols;
     for (int64_t g = team / split_.rows; g < f_.N; g += split_.groups) scan(g, rank);
+    if (!f_.dsmall) return;
+    barriers_[0].wait();
+    if (rank == 0) add_small();
   }
 
  private:
@@ -119,6 +128,9 @@ class BackwardScan {
     Range own, out;  // blocks of hidden units and of outputs
     CT* sums;        // [row][4][n] of one panel
     const A** a_rows;
+    CT* d_rows;          // [row][c_stride_]: dh of whole rows
+    CT* gates;           // of one row its gates [G*H], and behind them c' and the gradient of its norm [c_stride_]
+    CT* small;           // gradients of the small parameters [kSmalls][c_stride_], and of kGain [G*H]
   };
 
   void scan(int64_t g, int rank) {
@@ -131,7 +143,11 @@ class BackwardScan {
             share(blocks_, split_.cols, col),
             share(out_blocks_, split_.cols, col),
             sums_ + rank * f_.B * 4 * n,
-            a_rows_ + rank * f_.B};
+            a_rows_ + rank * f_.B,
+            d_rows_ + rank * f_.B * c_stride_,
+            gates_ + rank * gates_size_,
+            small_ + (g * split_.rows + rank / split_.cols % split_.rows) * small_size_};
+    if (f_.dsmall) clear_small(job);
     int parity = 0;
     for (int64_t step = 0; step < f_.T; step++) {
       int64_t t = job.w.reverse ? step : f_.T - 1 - step, count = rows_.alive(t, rows);
@@ -160,6 +176,9 @@ class BackwardScan {
         int valid = columns.take(j, n);
         V d = load(dy + j, valid) + load(dh_at(job.g, i) + j);
         if (zones_h_) d = past(job, i, row, j, valid, d);
+        if (f_.projected)
+          d = d_bounded(d, load((const CT*)f_.projected + (row * f_.N + job.g) * f_.P + j, valid),
+                        CT(f_.options->proj_clip));
         store(total + j, d, valid);
         store(dp_at(job.g, i) + j, d, valid);
       }
@@ -181,9 +200,10 @@ class BackwardScan {
           if (__builtin_expect(f_.options != nullptr, 0))
             optional_cell_back(job, row, i, j, valid, parity, from, zones_h_ ? past(job, i, row, j, valid, d) : d);
           else
-            cell_back<false>(job, row, i, j, valid, parity, from, d);
+            cell_back<false>(job, row, i, j, valid, parity, from, d, {});
         }
       }
+      if (whole_rows_) rows_back(job, t, count, parity);
       return;
     }
     for (int64_t i = 0; i < count; i++) job.a_rows[i] = dp_at(job.g, job.rows[i]);
@@ -204,10 +224,11 @@ class BackwardScan {
           if (__builtin_expect(f_.options != nullptr, 0))
             optional_cell_back(job, row, k, j, valid, parity, from, d);
           else
-            cell_back<false>(job, row, k, j, valid, parity, from, d);
+            cell_back<false>(job, row, k, j, valid, parity, from, d, {});
         }
       }
     }
+    if (whole_rows_) rows_back(job, t, count, parity);
   }
 
   // out[rows][units][n] = left rows times columns of w [depth, ld].
@@ -279,31 +300,92 @@ class BackwardScan {
 
   __attribute__((noinline)) void optional_cell_back(const Job& job, int64_t row, int64_t i, int64_t j, int valid,
                                                     int parity, const Entering& from, V dh) {
-    cell_back<true>(job, row, i, j, valid, parity, from, dh);
+    if (whole_rows_)
+      store(job.d_rows + i * c_stride_ + j, dh);
+    else
+      cell_back<true>(job, row, i, j, valid, parity, from, dh, {});
+  }
+
+  // Under layer norm, once dh of whole rows is there.
+  __attribute__((noinline)) void rows_back(const Job& job, int64_t t, int64_t count, int parity) {
+    const void* const* small = f_.options->small + job.g * kSmalls;
+    for (int64_t k = 0; k < count; k++) {
+      int64_t i = job.rows[k], row = rows_.at(t, i), at = row * f_.N + job.g;
+      const CT* d = job.d_rows + i * c_stride_;
+      Entering from = entering(job, t, i, row);
+      RowNorm<CT> norm;
+      if (small[kGainC]) measure_row(job, at, from, d, &norm);
+      for (int64_t j = 0; j < f_.H; j += n)
+        cell_back<true>(job, row, i, j, int(f_.H - j < n ? f_.H - j : n), parity, from, load(d + j), norm);
+      if (!small[kGain]) continue;
+      d_normalise_gates<Cell>(job.gates, f_.H, (const CT*)f_.product + at * G * f_.H,
+                              (const ST*)small[kGain], job.small + kSmalls * c_stride_, f_.options->eps);
+      for (int g = 0; g < G; g++)
+        for (int64_t j = 0; j < f_.H; j += n) {
+          int valid = int(f_.H - j < n ? f_.H - j : n);
+          V dproduct = load(job.gates + g * f_.H + j, valid);
+          store((ST*)f_.dproduct + (at * G + g) * f_.H + j, dproduct, valid);
+          store(dg_at(job.g, parity, i) + g * f_.H + j, dproduct, valid);
+        }
+    }
+  }
+
+  // What layer norm of c needs to know of a row: the moments of c', then the means of its gradient.
+  void measure_row(const Job& job, int64_t at, const Entering& from, const CT* d, RowNorm<CT>* norm) {
+    if constexpr (K > 1) {
+      V dgx[G], dgh[G], denter[K];
+      CT* c = job.gates + G * f_.H;
+      norm->gained = c + c_stride_;
+      norm->measuring = true;
+      for (int pass = 0; pass < 2; pass++) {
+        for (int64_t j = 0; j < f_.H; j += n) {
+          int valid = int(f_.H - j < n ? f_.H - j : n);
+          V dstate[K] = {load(d + j), V{}}, plane[Q], state[K];
+          load_step(at, j, valid, from, plane, state);
+          StepOptions<V, CT> options = options_at(job, at * f_.H, j, valid, *norm, nullptr);
+          if (pass)
+            Cell::step_backward(dstate, plane, state, dgx, dgh, denter, options);
+          else
+            store(c + j, options.clipped(Cell::raw_c(plane, state[1], options)));
+        }
+        if (pass) break;
+        norm->c = moments(c, f_.H, f_.options->eps);
+      }
+      gradient_means(norm->gained, c, norm->c, f_.H, &norm->mean, &norm->slope);
+      norm->measuring = false;
+    }
+  }
+
+  // What the forward left of a step.
+  RK_INLINE void load_step(int64_t at, int64_t j, int valid, const Entering& from, V* plane, V* state) const {
+    for (int q = 0; q < Q; q++) plane[q] = load((const ST*)f_.planes + (at * Q + q) * f_.H + j, valid);
+    if (Cell::kReadsH) state[0] = from.h ? load(from.h + j, valid) : V{};
+    if constexpr (K > 1) state[1] = from.c ? load(from.c + j, valid) : V{};
   }
 
   template <bool kOptions>
   RK_INLINE void cell_back(const Job& job, int64_t row, int64_t i, int64_t j, int valid, int parity,
-                           const Entering& from, V dh) {
+                           const Entering& from, V dh, const RowNorm<CT>& norm) {
     int64_t at = row * f_.N + job.g;
     V dstate[K], plane[Q], state[K], dgx[G], dgh[G], denter[K];
     dstate[0] = dh;
-    for (int q = 0; q < Q; q++) plane[q] = load((const ST*)f_.planes + (at * Q + q) * f_.H + j, valid);
-    if (Cell::kReadsH) state[0] = from.h ? load(from.h + j, valid) : V{};
+    load_step(at, j, valid, from, plane, state);
     if constexpr (K > 1) {
-      state[1] = from.c ? load(from.c + j, valid) : V{};
       dstate[1] = load(dc_at(job.g, i) + j);
       if (f_.dseq) dstate[1] += load((const CT*)f_.dseq + at * f_.H + j, valid);
     }
     if constexpr (kOptions)
-      optional_back(at * f_.H + j, valid, dstate, plane, state, dgx, dgh, denter);
+      optional_back(job, at * f_.H, j, valid, norm, dstate, plane, state, dgx, dgh, denter);
     else
       Cell::step_backward(dstate, plane, state, dgx, dgh, denter, NoOptions());
     for (int k = 0; k < G; k++) {
       int64_t column = at * G * f_.H + k * f_.H + j;
       store((ST*)f_.dgx + column, dgx[k], valid);
       if (Cell::kSplit) store((ST*)f_.dgh + column, dgh[k], valid);
-      store(dg_at(job.g, parity, i) + k * f_.H + j, dgh[k], valid);
+      if (kOptions && f_.product)
+        store(job.gates + k * f_.H + j, dgh[k], valid);
+      else
+        store(dg_at(job.g, parity, i) + k * f_.H + j, dgh[k], valid);
     }
     if (Cell::kReadsH) {
       CT* to = dh_at(job.g, i) + j;
@@ -323,11 +405,18 @@ class BackwardScan {
     }
   }
 
-  void optional_back(int64_t at, int valid, V* dstate, const V* plane, const V* state, V* dgx, V* dgh, V* denter) {
+  StepOptions<V, CT> options_at(const Job& job, int64_t at, int64_t j, int valid, const RowNorm<CT>& norm,
+                                CT* dsmall) const {
     const Options& o = *f_.options;
-    StepOptions<V> options = step_options<CT>(o, at, valid);
+    return step_options<CT, ST>(o, o.small ? o.small + job.g * kSmalls : nullptr, at, j, valid, norm, dsmall, c_stride_);
+  }
+
+  void optional_back(const Job& job, int64_t at, int64_t j, int valid, const RowNorm<CT>& norm, V* dstate,
+                     const V* plane, const V* state, V* dgx, V* dgh, V* denter) {
+    const Options& o = *f_.options;
+    StepOptions<V, CT> options = options_at(job, at, j, valid, norm, f_.dsmall ? job.small : nullptr);
     if (K == 1 || !o.zones(1)) return Cell::step_backward(dstate, plane, state, dgx, dgh, denter, options);
-    V stay = stays<CT>(o, 1, at, valid), to_c = stay * dstate[K - 1];
+    V stay = stays<CT>(o, 1, at + j, valid), to_c = stay * dstate[K - 1];
     dstate[K - 1] *= 1 - stay;
     Cell::step_backward(dstate, plane, state, dgx, dgh, denter, options);
     denter[K - 1] += to_c;
@@ -385,6 +474,29 @@ class BackwardScan {
     return d * factors<CT>(o.h_step, (rows_.at(t, i) * f_.N + job.g) * f_.P + j, valid);
   }
 
+  // ---- gradients of the small parameters ---------------------------------------------------------------------------
+
+  void clear_small(const Job& job) {
+    Range own = job.own.columns(n, c_stride_);
+    for (int k = 0; k < kSmalls; k++)
+      __builtin_memset(job.small + k * c_stride_ + own.begin, 0, own.size() * sizeof(CT));
+    if (whole_rows_) __builtin_memset(job.small + kSmalls * c_stride_, 0, G * c_stride_ * sizeof(CT));
+  }
+
+  // Of all shares of the rows, in their order.
+  void add_small() {
+    for (int64_t g = 0; g < f_.N; g++)
+      for (int k = 0; k < kSmalls; k++) {
+        CT* to = (CT*)f_.dsmall[g * kSmalls + k];
+        int64_t size = k == kGain ? G * f_.H : f_.H;
+        for (int64_t j = 0; to && j < size; j++) {
+          to[j] = 0;
+          for (int r = 0; r < split_.rows; r++)
+            to[j] += small_[(g * split_.rows + r) * small_size_ + (k == kGain ? int(kSmalls) : k) * c_stride_ + j];
+        }
+      }
+  }
+
   void finish(const Job& job) {
     Range h = job.out.columns(n, f_.P), c = job.own.columns(n, f_.H);
     for (int64_t k = 0; k < job.rows.size; k++) {
@@ -407,9 +519,10 @@ class BackwardScan {
   Rows rows_;
   Split split_;
   Scratch mem_;
-  bool projected_, zones_h_, pack_;
+  bool projected_, zones_h_, whole_rows_, pack_;
   int64_t blocks_, out_blocks_, c_stride_, h_stride_, d_stride_, g_stride_, hh_steps_, hr_steps_;
-  CT *dh_, *dc_, *fresh_h_, *fresh_c_, *sums_;
+  int64_t gates_size_, small_size_;
+  CT *dh_, *dc_, *fresh_h_, *fresh_c_, *sums_, *d_rows_, *gates_, *small_;
   const A** a_rows_;
   A *dg_, *dp_;
   W *hh_, *hr_;

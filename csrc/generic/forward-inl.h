@@ -58,6 +58,8 @@ class ForwardScan {
     mem_.add(&x_rows_, f.gx ? 0 : threads * chunk_rows_);
     mem_.add(&a_rows_, threads * f.B);
     mem_.add(&sums_, threads * f.B * kWide * n);
+    mem_.add(&gates_, f.options && f.options->whole_rows() ? threads * f.B * G * f.H : 0);
+    mem_.add(&next_c_, f.options && f.options->whole_rows() ? threads * c_stride_ : 0);
     mem_.add(&barriers_, split_.teams() + 1);
     mem_.allocate();
     for (int i = 0; i <= split_.teams(); i++) (new (barriers_ + i) Barrier)->reset(i ? split_.cols : threads);
@@ -183,9 +185,16 @@ class ForwardScan {
   // Writes columns of the left side of step t.
   void drop(int64_t g, int64_t t, int64_t i, int64_t j, int valid, V h, A* left) {
     const Options& o = *f_.options;
-    h *= factors<CT>(o.h, (g * f_.B + rows_.batch_row(i)) * f_.P + j, valid);
-    h *= factors<CT>(o.h_step, (rows_.at(t, i) * f_.N + g) * f_.P + j, valid);
+    h *= kept<CT>(o.h, (g * f_.B + rows_.batch_row(i)) * f_.P + j, valid);
+    h *= kept<CT>(o.h_step, (rows_.at(t, i) * f_.N + g) * f_.P + j, valid);
     store(left + j, rounded(h, (ST*)nullptr), valid);
+  }
+
+  // The masks' scale and the bias, which a product of what was kept lacks: so what is kept needs no rounding.
+  __attribute__((noinline)) void scale_product(CT* sums, int64_t rows, int NV, const CT* bias) const {
+    CT scale = CT(f_.options->h.scale * f_.options->h_step.scale);
+    for (int64_t i = 0; i < rows; i++, sums += NV * n)
+      for (int v = 0; v < NV; v++) store(sums + v * n, load(sums + v * n) * scale + load(bias + v * n));
   }
 
   // ---- one group, one share of rows, this thread's columns -------------------------------------------------------
@@ -197,6 +206,8 @@ class ForwardScan {
     Range own, out;  // blocks of hidden units and of outputs
     CT* gx;          // [panel][row of the chunk][units][G][n]
     CT* sums;        // [row][units][G][n] of one panel
+    CT* gates;       // [row][G][H] of whole rows, and c' of one
+    CT* next_c;
     A* x;            // rows of x as left sides, where they cannot be used in place
     const A **x_rows, **a_rows;
   };
@@ -212,6 +223,8 @@ class ForwardScan {
             share(out_blocks_, split_.cols, col),
             gx_ + rank * gx_size_,
             sums_ + rank * f_.B * kWide * n,
+            gates_ + rank * f_.B * G * f_.H,
+            next_c_ + rank * c_stride_,
             x_ + rank * x_size_,
             x_rows_ + rank * chunk_rows_,
             a_rows_ + rank * f_.B};
@@ -264,7 +277,7 @@ class ForwardScan {
     }
   }
 
-  // [rows][units][G][n] = bias + left rows times the gates' weights of these units.
+  // [rows][units][G][n] = bias + left rows times the gates' weights of these units; bias null: zero.
   void product(int64_t rows, int units, const A* const* a, const W* panel, const W* next, int64_t steps,
                const ST* weight, int64_t K, int64_t block, const CT* bias, CT* to) {
     if (panel) return packed_rows<M>(rows, units * G, a, panel, next, steps, bias, to);
@@ -274,7 +287,7 @@ class ForwardScan {
         const ST* first = weight + (k * f_.H + j) * K;
         for (int64_t i = 0; i < rows; i++) {
           V sum = direct_nt<M>(a[i], first, K, int(f_.H - j < n ? f_.H - j : n));
-          store(to + ((i * units + u) * G + k) * n, sum + load(bias + (u * G + k) * n));
+          store(to + ((i * units + u) * G + k) * n, bias ? sum + load(bias + (u * G + k) * n) : sum);
         }
       }
   }
@@ -293,6 +306,7 @@ class ForwardScan {
   // One step for this thread's columns.
   void advance(const Job& job, int64_t t, int64_t count, int64_t base, int parity) {
     for (int64_t i = 0; i < count; i++) job.a_rows[i] = left_at(job.g, parity, job.rows[i]);
+    if (__builtin_expect(f_.options && f_.options->whole_rows(), 0)) return advance_rows(job, t, count, base, parity);
     Walk walk{job.own, kUnits,
               parity != 0};  // back and forth: what the last step read last is still in the nearest cache
     int64_t ahead = job.w.reverse ? t - 1 : t + 1;
@@ -300,44 +314,120 @@ class ForwardScan {
     for (int64_t p = 0; p < walk.count(); p++) {
       int64_t b = walk[p], at = gate(job.g, b), then = gate(job.g, walk.next(p));
       int units = walk.units(p);
-      const CT* gx = f_.gx ? nullptr : job.gx + (b - job.own.begin) * G * n * chunk_rows_ + base * units * G * n;
+      const CT* gx = gx_of(job, b, units, base, 0);
       prefetch(job, ahead, share(coming, walk.count(), p));
       product(count, units, job.a_rows, pack_hh_ ? hh_ + at * hh_steps_ : nullptr, hh_ + then * hh_steps_, hh_steps_,
-              (const ST*)job.w.w_hh, f_.P, b, bias_hh_ + at, job.sums);
+              (const ST*)job.w.w_hh, f_.P, b, drops_ ? nullptr : bias_hh_ + at, job.sums);
+      if (__builtin_expect(drops_, 0)) scale_product(job.sums, count, units * G, bias_hh_ + at);
       for (int64_t i = 0; i < count; i++) {
         const CT *gx_row = gx ? gx + i * units * G * n : nullptr, *gh = job.sums + i * units * G * n;
         if (__builtin_expect(f_.options != nullptr, 0))
-          optional_step_row(job, t, job.rows[i], b, units, parity, gx_row, gh);
+          optional_step_row(job, t, job.rows[i], b, units, parity, gx_row, gh, {});
         else
-          step_row<false>(job, t, job.rows[i], b, units, parity, gx_row, gh);
+          step_row<false>(job, t, job.rows[i], b, units, parity, gx_row, gh, {});
+      }
+    }
+  }
+
+  // How many of the hidden units from j on are in one vector.
+  int lanes(int64_t j) const { return int(f_.H - j < n ? f_.H - j : n); }
+
+  // What project_input made for row i of a step, of the panel that begins with block b; null where gx was given.
+  const CT* gx_of(const Job& job, int64_t b, int units, int64_t base, int64_t i) const {
+    return f_.gx ? nullptr : job.gx + (b - job.own.begin) * G * n * chunk_rows_ + (base + i) * units * G * n;
+  }
+
+  // The same under layer norm, which needs all of a row's product before the first of its gates, and all of c' before
+  // the first of h'. This thread has whole rows.
+  __attribute__((noinline)) void advance_rows(const Job& job, int64_t t, int64_t count, int64_t base, int parity) {
+    const Options& o = *f_.options;
+    const void* const* small = o.small + job.g * kSmalls;
+    CT scale = CT(o.h.scale * o.h_step.scale);
+    Walk walk{job.own, kUnits};
+    for (int64_t p = 0; p < walk.count(); p++) {
+      int64_t b = walk[p], at = gate(job.g, b), then = gate(job.g, walk.next(p));
+      int units = walk.units(p);
+      product(count, units, job.a_rows, pack_hh_ ? hh_ + at * hh_steps_ : nullptr, hh_ + then * hh_steps_, hh_steps_,
+              (const ST*)job.w.w_hh, f_.P, b, nullptr, job.sums);
+      for (int64_t i = 0; i < count; i++)
+        for (int u = 0; u < units; u++) {
+          int64_t j = (b + u) * n;
+          for (int k = 0; k < G; k++)
+            store(job.gates + (i * G + k) * f_.H + j, load(job.sums + ((i * units + u) * G + k) * n) * scale,
+                  lanes(j));
+        }
+    }
+    for (int64_t i = 0; i < count; i++) {
+      CT* gates = job.gates + i * G * f_.H;
+      if (small[kGain]) normalise_gates<Cell>(gates, f_.H, (const ST*)small[kGain], o.eps);
+      RowNorm<CT> norm;
+      for (int pass = small[kGainC] ? 0 : 1; pass < 2; pass++) {
+        for (int64_t p = 0; p < walk.count(); p++)
+          for (int u = 0; u < walk.units(p); u++) {
+            const CT* gx = gx_of(job, walk[p], walk.units(p), base, i);
+            int64_t b = walk[p] + u, j = b * n;
+            CT gh[G * n];
+            for (int k = 0; k < G; k++)
+              store(gh + k * n, load(gates + k * f_.H + j, lanes(j)) + load(bias_hh_ + gate(job.g, b) + k * n));
+            if (gx) gx += u * G * n;
+            if (pass)
+              optional_step_row(job, t, job.rows[i], b, 1, parity, gx, gh, norm);
+            else
+              keep_next_c(job, t, job.rows[i], b, gx, gh);
+          }
+        if (!pass) norm.c = moments(job.next_c, f_.H, o.eps);
       }
     }
   }
 
   __attribute__((noinline)) void optional_step_row(const Job& job, int64_t t, int64_t i, int64_t block, int units,
-                                                   int parity, const CT* gx, const CT* gh) {
-    step_row<true>(job, t, i, block, units, parity, gx, gh);
+                                                   int parity, const CT* gx, const CT* gh, const RowNorm<CT>& norm) {
+    step_row<true>(job, t, i, block, units, parity, gx, gh, norm);
+  }
+
+  RK_INLINE void load_gates(const Job& job, int64_t row, int64_t j, int valid, const CT* gx, const CT* gh, V* x,
+                            V* h) const {
+    const ST* given = (const ST*)f_.gx + row * f_.gx_s + job.g * f_.gx_n + j;
+    for (int k = 0; k < G; k++) {
+      x[k] = gx ? load(gx + k * n) : load(given + k * f_.H, valid);
+      h[k] = load(gh + k * n);
+    }
+  }
+
+  // c' of one block as tanh will meet it, but not normalised.
+  __attribute__((noinline)) void keep_next_c(const Job& job, int64_t t, int64_t i, int64_t block, const CT* gx,
+                                             const CT* gh) {
+    if constexpr (Cell::kStates > 1) {
+      int64_t row = rows_.at(t, i), j = block * n;
+      int valid = int(f_.H - j < n ? f_.H - j : n);
+      V x[G], h[G], state[2], plane[Cell::kPlanes];
+      load_gates(job, row, j, valid, gx, gh, x, h);
+      state[1] = load(c_at(job.g, i) + j);
+      Cell::step(x, h, state, plane, options_at(job, (row * f_.N + job.g) * f_.H, j, valid, {}));
+      store(job.next_c + j, state[1]);
+    }
+  }
+
+  StepOptions<V, CT> options_at(const Job& job, int64_t at, int64_t j, int valid, const RowNorm<CT>& norm) const {
+    const Options& o = *f_.options;
+    return step_options<CT, ST>(o, o.small ? o.small + job.g * kSmalls : nullptr, at, j, valid, norm, nullptr, 0);
   }
 
   template <bool kOptions>
   RK_INLINE void step_row(const Job& job, int64_t t, int64_t i, int64_t block, int units, int parity, const CT* gx,
-                          const CT* gh) {
+                          const CT* gh, const RowNorm<CT>& norm) {
     int64_t row = rows_.at(t, i), at = row * f_.N + job.g, b = rows_.batch_row(i);
     bool restart = resets_next(job, t, i);
-    const ST* gx_row = (const ST*)f_.gx + row * f_.gx_s + job.g * f_.gx_n;
     for (int u = 0; u < units; u++) {
       int64_t j = (block + u) * n;
       int valid = int(f_.H - j < n ? f_.H - j : n);
       V x[G], h[G], state[Cell::kStates], plane[Cell::kPlanes];
-      for (int k = 0; k < G; k++) {
-        x[k] = gx ? load(gx + (u * G + k) * n) : load(gx_row + k * f_.H + j, valid);
-        h[k] = load(gh + (u * G + k) * n);
-      }
+      load_gates(job, row, j, valid, gx ? gx + u * G * n : nullptr, gh + u * G * n, x, h);
       if (Cell::kReadsH) state[0] = load(h_at(job.g, parity, i) + j);
       if constexpr (Cell::kStates > 1) state[1] = load(c_at(job.g, i) + j);
       if constexpr (kOptions) {
         V c0 = state[Cell::kStates - 1];
-        Cell::step(x, h, state, plane, step_options<CT>(*f_.options, at * f_.H + j, valid));
+        Cell::step(x, h, state, plane, options_at(job, at * f_.H, j, valid, norm));
         if (Cell::kStates > 1 && f_.options->zones(1))
           state[1] = mixed(stays<CT>(*f_.options, 1, at * f_.H + j, valid), c0, state[1]);
       } else {
@@ -419,7 +509,7 @@ class ForwardScan {
           bool restart = resets_next(job, t, row);
           V h = load(job.sums + (i * units + u) * n);
           if (__builtin_expect(f_.options != nullptr, 0))
-            optional_put_h(job, t, row, parity, at, j, valid, h, restart);
+            optional_put_h(job, t, row, parity, at, j, valid, bounded(h, CT(f_.options->proj_clip)), restart);
           else
             put_h<false>(job, t, row, parity, at, j, valid, h, restart);
         }
@@ -451,7 +541,7 @@ class ForwardScan {
   int64_t chunk_steps_, chunk_rows_, gx_size_, x_size_;
   A *h_, *left_, *m_, *x_;
   const A **x_rows_, **a_rows_;
-  CT *sums_, *c_, *bias_hh_, *bias_ih_, *gx_;
+  CT *sums_, *gates_, *next_c_, *c_, *bias_hh_, *bias_ih_, *gx_;
   W *hh_, *ih_, *hr_;
   Barrier* barriers_;
 };

@@ -5,6 +5,7 @@
 #include "simd-inl.h"
 #include "math-inl.h"
 #include "range-inl.h"
+#include "norm-inl.h"
 #include "options-inl.h"
 #include "tiles-inl.h"
 #include "product-inl.h"

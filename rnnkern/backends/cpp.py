@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from rnnkern._weights import Entering
 from rnnkern.backends.base import ScanGrads, ScanInputs, ScanOutputs, ScanSpec, accumulation_dtype
 from rnnkern.cells import CELLS
 
@@ -18,6 +20,7 @@ except ImportError as error:
 CELL_NUMBERS = {"rnn_tanh": 0, "rnn_relu": 1, "lstm": 2, "gru": 3}
 DTYPE_NUMBERS = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 _PARAMS = ("w_hh", "b_hh", "w_hr")
+_SMALL = ("ln_hh", "peephole_i", "peephole_f", "peephole_o", "ln_c", "ln_c_bias")
 _MASKS = ("h", "h_step", "candidate", "zoneout_h", "zoneout_c")
 
 
@@ -37,13 +40,11 @@ class Cpp:
             reasons.append(f"dtype {inputs.gx.dtype}: only {', '.join(str(d) for d in DTYPE_NUMBERS)}")
         if spec.cell not in CELL_NUMBERS:
             return [*reasons, f"cell {spec.cell}: only {', '.join(CELL_NUMBERS)}"]
-        reasons += [f"parameter {p}" for p in spec.params if p not in _PARAMS]
+        reasons += [f"parameter {p}" for p in spec.params if p not in (*_PARAMS, "ln_hh", *CELLS[spec.cell].small)]
         known = {"h", "h_step", "zoneout_h", *CELLS[spec.cell].masks, *(("zoneout_c",) if _has_c(spec) else ())}
         reasons += [f"mask {m}" for m in spec.noise if m not in known]
         if spec.cell == "gru" and "w_hr" in spec.params:
             reasons.append("a projected gru: its step reads h at full width")
-        if spec.proj_clip:
-            reasons.append("proj_clip")
         if not _has_c(spec) and (spec.cell_clip or spec.zoneout[1]):
             reasons.append(f"{spec.cell} has no state c to clip or zone out")
         return reasons
@@ -149,6 +150,14 @@ class Cpp:
         keep, groups = _groups(spec, inputs.params, (None,) * N, (None,) * N)
         keep_layout, layout, resets = _layout(inputs)
         keep_masks, options = _options(inputs)
+        normed = "ln_hh" in spec.params
+        product = _products(inputs, y) if normed else y.new_empty(0)
+        projected_raw = _projected(inputs, outputs.hidden) if spec.proj_clip else y.new_empty(0)
+        dprod = new((S, N, G * H) if normed else (0,), dtype=dtype)
+        dsmall = [
+            tuple(torch.zeros_like(p, dtype=accumulation_dtype(dtype)) for p in _small(spec, group))
+            for group in inputs.params
+        ]
         _cpu.backward(
             self.isa,
             CELL_NUMBERS[spec.cell],
@@ -159,7 +168,12 @@ class Cpp:
             options,
             groups,
             tuple(s.data_ptr() for s in states),
-            (y.data_ptr(), seq[0].data_ptr() if seq else 0, planes.data_ptr()),
+            (
+                y.data_ptr(),
+                seq[0].data_ptr() if seq else 0,
+                planes.data_ptr(),
+                *(t.data_ptr() if t.numel() else 0 for t in (product, projected_raw)),
+            ),
             (
                 dy.data_ptr(),
                 dy.stride(0),
@@ -170,13 +184,17 @@ class Cpp:
             (
                 dgx.data_ptr(),
                 dgh.data_ptr() if cell.split else 0,
+                dprod.data_ptr() if normed else 0,
                 dh.data_ptr() if projected else 0,
                 *(_padded([d.data_ptr() for d in dstates])),
                 *(_padded([d.data_ptr() for d in dresets])),
+                *(address for group in dsmall for address in _small_addresses(spec, group)),
             ),
         )
         del keep, keep_layout, keep_masks
-        return ScanGrads(dgx, dgh, dgx.new_empty(0), dh, dstates, dresets)
+        return ScanGrads(
+            dgx, dgh, dprod, dh, dstates, dresets, tuple(tuple(d.to(dtype) for d in group) for group in dsmall)
+        )
 
 
 def _plane_is_output(spec: ScanSpec) -> bool:
@@ -192,14 +210,46 @@ def _has_c(spec: ScanSpec) -> bool:
 def _options(inputs: ScanInputs) -> tuple[list[Tensor], tuple[int | float, ...]]:
     """What the scan does beyond the plain one; empty: nothing."""
     spec = inputs.spec
-    if not spec.noise and not any((*spec.zoneout, spec.cell_clip, spec.grad_clip)):
+    small = [[p.contiguous() for p in _small(spec, group)] for group in inputs.params]
+    clips = (spec.cell_clip, spec.proj_clip, spec.grad_clip)
+    if not spec.noise and not any((*spec.zoneout, *clips)) and not any(small):
         return [], ()
     masks = {name: mask.contiguous() for name, mask in zip(spec.noise, inputs.noise, strict=True)}
     scales = dict(zip(spec.noise, spec.scales, strict=True))
     address = {name: masks[name].data_ptr() if name in masks else 0 for name in _MASKS}
     dropped = (v for name in _MASKS[:3] for v in (address[name], scales.get(name, 1.0)))
     zoned = (address["zoneout_h"], address["zoneout_c"], *spec.zoneout)
-    return list(masks.values()), (*dropped, *zoned, spec.cell_clip, spec.grad_clip)
+    keep = [*masks.values(), *(p for group in small for p in group)]
+    addresses = (a for group in small for a in _small_addresses(spec, group))
+    return keep, (*dropped, *zoned, *clips, spec.eps, *addresses)
+
+
+def _small(spec: ScanSpec, group: tuple[Tensor, ...]) -> list[Tensor]:
+    """Of a group's parameters those that the scan itself gives gradients of, in the order of spec.params."""
+    return [p for name, p in zip(spec.params, group, strict=True) if name in _SMALL]
+
+
+def _small_addresses(spec: ScanSpec, tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    """In the extension's order, 0 for absent ones; empty where all are."""
+    names = [name for name in spec.params if name in _SMALL]
+    found = {name: t.data_ptr() for name, t in zip(names, tensors, strict=True)}
+    return tuple(found.get(name, 0) for name in _SMALL) if found else ()
+
+
+def _products(inputs: ScanInputs, y: Tensor) -> Tensor:
+    """[S, N, G*H]: h, as it meets w_hh, times it, which layer norm's backward reads; nothing of it was saved."""
+    wide = accumulation_dtype(y.dtype)
+    entering = Entering(inputs, y.to(wide), True)
+    at = inputs.spec.params.index("w_hh")
+    groups = enumerate(inputs.params)
+    return torch.stack([entering(n) @ group[at].to(wide).T for n, group in groups], 1)
+
+
+def _projected(inputs: ScanInputs, hidden: Tensor) -> Tensor:
+    """[S, N, P]: h before the clip of its projection."""
+    at, wide = inputs.spec.params.index("w_hr"), accumulation_dtype(hidden.dtype)
+    groups = enumerate(inputs.params)
+    return torch.stack([hidden[:, n].to(wide) @ group[at].to(wide).T for n, group in groups], 1)
 
 
 def _padded(pointers: list[int]) -> list[int]:
