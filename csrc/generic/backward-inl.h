@@ -76,48 +76,13 @@ class BackwardScan {
         __builtin_memcpy(f.dstate[k], f.dfinal[k], bytes);
   }
 
-  // ---- packing and the gradients of the final states, by all threads ----------------------------------------------
-
-  void prepare(int rank) {
-    for (int64_t g = 0; g < f_.N; g++) {
-      const Weights& w = f_.weights[g];
-      for (int col = 0; pack_ && col < split_.cols; col++) {
-        Range own = share(blocks_, split_.cols, col), out = share(out_blocks_, split_.cols, col);
-        for (int64_t b = out.begin; b < out.end; b += 4)
-          if (split_.packer(g, col, b / 4) == rank)
-            pack_nn<M>((const ST*)w.w_hh, f_.P, G * f_.H, b * n, f_.P - b * n, out.take(b, 4),
-                       hh_ + (g * out_blocks_ + b) * n * hh_steps_);
-        for (int64_t b = own.begin; projected_ && b < own.end; b += 4)
-          if (split_.packer(g, col, b / 4) == rank)
-            pack_nn<M>((const ST*)w.w_hr, f_.H, f_.P, b * n, f_.H - b * n, own.take(b, 4),
-                       hr_ + (g * blocks_ + b) * n * hr_steps_);
-      }
-    }
-    int team = rank / split_.cols;
-    Deal rows = Deal::of(f_.B, split_.rows, team % split_.rows);
-    Range mine = share(rows.size, split_.cols, rank % split_.cols);
-    for (int64_t g = team / split_.rows; g < f_.N; g += split_.groups)
-      for (int64_t k = mine.begin; k < mine.end; k++) start_row(g, rows[k]);
-  }
+  void prepare(int rank);
+  void start_row(int64_t g, int64_t i);
 
   CT* dh_at(int64_t g, int64_t i) { return dh_ + (g * f_.B + i) * h_stride_; }
   CT* dc_at(int64_t g, int64_t i) { return dc_ + (g * f_.B + i) * c_stride_; }
   A* dg_at(int64_t g, int parity, int64_t i) { return dg_ + ((g * 2 + parity) * f_.B + i) * g_stride_; }
   A* dp_at(int64_t g, int64_t i) { return dp_ + (g * f_.B + i) * d_stride_; }
-
-  void start_row(int64_t g, int64_t i) {
-    int64_t from = g * f_.B + rows_.batch_row(i);
-    copy_left<Plain<CT, ST>>((const ST*)f_.dfinal[0] + from * f_.P, f_.P, h_stride_, dh_at(g, i));
-    if constexpr (K > 1) copy_left<Plain<CT, CT>>((const CT*)f_.dfinal[1] + from * f_.H, f_.H, c_stride_, dc_at(g, i));
-    for (int parity = 0; parity < 2; parity++)
-      for (int64_t j = G * f_.H; j < g_stride_; j++) dg_at(g, parity, i)[j] = A{};
-    if (projected_)
-      for (int64_t j = f_.P; j < d_stride_; j++) dp_at(g, i)[j] = A{};
-    if (f_.dreset_state[0]) {
-      __builtin_memset(fresh_h_ + (g * f_.B + i) * h_stride_, 0, h_stride_ * sizeof(CT));
-      if (K > 1) __builtin_memset(fresh_c_ + (g * f_.B + i) * c_stride_, 0, c_stride_ * sizeof(CT));
-    }
-  }
 
   // ---- one group, one share of rows, this thread's columns -------------------------------------------------------
 
@@ -128,9 +93,9 @@ class BackwardScan {
     Range own, out;  // blocks of hidden units and of outputs
     CT* sums;        // [row][4][n] of one panel
     const A** a_rows;
-    CT* d_rows;          // [row][c_stride_]: dh of whole rows
-    CT* gates;           // of one row its gates [G*H], and behind them c' and the gradient of its norm [c_stride_]
-    CT* small;           // gradients of the small parameters [kSmalls][c_stride_], and of kGain [G*H]
+    CT* d_rows;  // [row][c_stride_]: dh of whole rows
+    CT* gates;   // of one row its gates [G*H], and behind them c' and the gradient of its norm [c_stride_]
+    CT* small;   // gradients of the small parameters [kSmalls][c_stride_], and of kGain [G*H]
   };
 
   void scan(int64_t g, int rank) {
@@ -306,55 +271,8 @@ class BackwardScan {
       cell_back<true>(job, row, i, j, valid, parity, from, dh, {});
   }
 
-  // Under layer norm, once dh of whole rows is there.
-  __attribute__((noinline)) void rows_back(const Job& job, int64_t t, int64_t count, int parity) {
-    const void* const* small = f_.options->small + job.g * kSmalls;
-    for (int64_t k = 0; k < count; k++) {
-      int64_t i = job.rows[k], row = rows_.at(t, i), at = row * f_.N + job.g;
-      const CT* d = job.d_rows + i * c_stride_;
-      Entering from = entering(job, t, i, row);
-      RowNorm<CT> norm;
-      if (small[kGainC]) measure_row(job, at, from, d, &norm);
-      for (int64_t j = 0; j < f_.H; j += n)
-        cell_back<true>(job, row, i, j, int(f_.H - j < n ? f_.H - j : n), parity, from, load(d + j), norm);
-      if (!small[kGain]) continue;
-      d_normalise_gates<Cell>(job.gates, f_.H, (const CT*)f_.product + at * G * f_.H,
-                              (const ST*)small[kGain], job.small + kSmalls * c_stride_, f_.options->eps);
-      for (int g = 0; g < G; g++)
-        for (int64_t j = 0; j < f_.H; j += n) {
-          int valid = int(f_.H - j < n ? f_.H - j : n);
-          V dproduct = load(job.gates + g * f_.H + j, valid);
-          store((ST*)f_.dproduct + (at * G + g) * f_.H + j, dproduct, valid);
-          store(dg_at(job.g, parity, i) + g * f_.H + j, dproduct, valid);
-        }
-    }
-  }
-
-  // What layer norm of c needs to know of a row: the moments of c', then the means of its gradient.
-  void measure_row(const Job& job, int64_t at, const Entering& from, const CT* d, RowNorm<CT>* norm) {
-    if constexpr (K > 1) {
-      V dgx[G], dgh[G], denter[K];
-      CT* c = job.gates + G * f_.H;
-      norm->gained = c + c_stride_;
-      norm->measuring = true;
-      for (int pass = 0; pass < 2; pass++) {
-        for (int64_t j = 0; j < f_.H; j += n) {
-          int valid = int(f_.H - j < n ? f_.H - j : n);
-          V dstate[K] = {load(d + j), V{}}, plane[Q], state[K];
-          load_step(at, j, valid, from, plane, state);
-          StepOptions<V, CT> options = options_at(job, at * f_.H, j, valid, *norm, nullptr);
-          if (pass)
-            Cell::step_backward(dstate, plane, state, dgx, dgh, denter, options);
-          else
-            store(c + j, options.clipped(Cell::raw_c(plane, state[1], options)));
-        }
-        if (pass) break;
-        norm->c = moments(c, f_.H, f_.options->eps);
-      }
-      gradient_means(norm->gained, c, norm->c, f_.H, &norm->mean, &norm->slope);
-      norm->measuring = false;
-    }
-  }
+  __attribute__((noinline)) void rows_back(const Job& job, int64_t t, int64_t count, int parity);
+  void measure_row(const Job& job, int64_t at, const Entering& from, const CT* d, RowNorm<CT>* norm);
 
   // What the forward left of a step.
   RK_INLINE void load_step(int64_t at, int64_t j, int valid, const Entering& from, V* plane, V* state) const {
@@ -408,7 +326,8 @@ class BackwardScan {
   StepOptions<V, CT> options_at(const Job& job, int64_t at, int64_t j, int valid, const RowNorm<CT>& norm,
                                 CT* dsmall) const {
     const Options& o = *f_.options;
-    return step_options<CT, ST>(o, o.small ? o.small + job.g * kSmalls : nullptr, at, j, valid, norm, dsmall, c_stride_);
+    return step_options<CT, ST>(o, o.small ? o.small + job.g * kSmalls : nullptr, at, j, valid, norm, dsmall,
+                                c_stride_);
   }
 
   void optional_back(const Job& job, int64_t at, int64_t j, int valid, const RowNorm<CT>& norm, V* dstate,
@@ -474,28 +393,8 @@ class BackwardScan {
     return d * factors<CT>(o.h_step, (rows_.at(t, i) * f_.N + job.g) * f_.P + j, valid);
   }
 
-  // ---- gradients of the small parameters ---------------------------------------------------------------------------
-
-  void clear_small(const Job& job) {
-    Range own = job.own.columns(n, c_stride_);
-    for (int k = 0; k < kSmalls; k++)
-      __builtin_memset(job.small + k * c_stride_ + own.begin, 0, own.size() * sizeof(CT));
-    if (whole_rows_) __builtin_memset(job.small + kSmalls * c_stride_, 0, G * c_stride_ * sizeof(CT));
-  }
-
-  // Of all shares of the rows, in their order.
-  void add_small() {
-    for (int64_t g = 0; g < f_.N; g++)
-      for (int k = 0; k < kSmalls; k++) {
-        CT* to = (CT*)f_.dsmall[g * kSmalls + k];
-        int64_t size = k == kGain ? G * f_.H : f_.H;
-        for (int64_t j = 0; to && j < size; j++) {
-          to[j] = 0;
-          for (int r = 0; r < split_.rows; r++)
-            to[j] += small_[(g * split_.rows + r) * small_size_ + (k == kGain ? int(kSmalls) : k) * c_stride_ + j];
-        }
-      }
-  }
+  void clear_small(const Job& job);
+  void add_small();
 
   void finish(const Job& job) {
     Range h = job.out.columns(n, f_.P), c = job.own.columns(n, f_.H);

@@ -93,52 +93,10 @@ class ForwardScan {
         __builtin_memcpy(f.final_state[k], f.state[k], bytes);
   }
 
-  // ---- packing and initial states, by all threads ----------------------------------------------------------------
-
-  void prepare(int rank) {
-    for (int64_t g = 0; g < f_.N; g++) {
-      for (int col = 0; col < split_.cols; col++) {
-        Range own = share(blocks_, split_.cols, col), out = share(out_blocks_, split_.cols, col);
-        for (int64_t b = own.begin; b < own.end; b += kUnits)
-          if (split_.packer(g, col, b / kUnits) == rank) pack_gates(g, b, own.take(b, kUnits));
-        if (pack_hh_ && projected_)
-          for (int64_t b = out.begin; b < out.end; b += 4)
-            if (split_.packer(g, col, b / 4) == rank) pack_projection(g, b, out.take(b, 4));
-      }
-    }
-    int team = rank / split_.cols;
-    Deal rows = Deal::of(f_.B, split_.rows, team % split_.rows);
-    Range mine = share(rows.size, split_.cols, rank % split_.cols);
-    for (int64_t g = team / split_.rows; g < f_.N; g += split_.groups)
-      for (int64_t k = mine.begin; k < mine.end; k++) enter_row(g, rows[k]);
-  }
-
-  void pack_gates(int64_t g, int64_t block, int units) {
-    const Weights& w = f_.weights[g];
-    int64_t row[kUnits * G], at = gate(g, block);
-    int valid[kUnits * G];
-    for (int u = 0; u < units; u++)
-      for (int k = 0; k < G; k++) {
-        int v = u * G + k;
-        int64_t j = (block + u) * n;
-        row[v] = k * f_.H + j;
-        valid[v] = int(f_.H - j < n ? f_.H - j : n);
-        store(bias_hh_ + at + v * n, w.b_hh ? load((const ST*)w.b_hh + row[v], valid[v]) : V{});
-        store(bias_ih_ + at + v * n, w.b_ih ? load((const ST*)w.b_ih + row[v], valid[v]) : V{});
-      }
-    if (pack_hh_) pack_nt<M>((const ST*)w.w_hh, f_.P, row, valid, units * G, hh_ + at * hh_steps_);
-    if (pack_ih_) pack_nt<M>((const ST*)w.w_ih, f_.I, row, valid, units * G, ih_ + at * ih_steps_);
-  }
-
-  void pack_projection(int64_t g, int64_t block, int units) {
-    int64_t row[4];
-    int valid[4];
-    for (int u = 0; u < units; u++) {
-      row[u] = (block + u) * n;
-      valid[u] = int(f_.P - row[u] < n ? f_.P - row[u] : n);
-    }
-    pack_nt<M>((const ST*)f_.weights[g].w_hr, f_.H, row, valid, units, hr_ + (g * out_blocks_ + block) * n * hr_steps_);
-  }
+  void prepare(int rank);
+  void pack_gates(int64_t g, int64_t block, int units);
+  void pack_projection(int64_t g, int64_t block, int units);
+  void enter_row(int64_t g, int64_t i);
 
   // Where a block of hidden units starts among the gates of all groups.
   int64_t gate(int64_t g, int64_t block) const { return (g * blocks_ + block) * G * n; }
@@ -154,32 +112,6 @@ class ForwardScan {
   template <class T>
   const T* initial(int k, int64_t at) const {
     return f_.state[k] ? (const T*)f_.state[k] + at : nullptr;
-  }
-
-  // Both h buffers and c hold the state that enters the row's first step; padding is zero.
-  void enter_row(int64_t g, int64_t i) {
-    int64_t b = rows_.batch_row(i), first = rows_.first(i, f_.weights[g].reverse);
-    bool fresh = rows_.length(i) > 0 && rows_.resets(rows_.at(first, i), g);
-    const ST* h = fresh ? reset_value<ST>(f_, 0, g, b) : initial<ST>(0, (g * f_.B + b) * f_.P);
-    for (int parity = 0; parity < 2; parity++) {
-      A* to = h_at(g, parity, i);
-      for (int64_t j = 0; j < h_stride_; j++) to[j] = h && j < f_.P ? as_left<M>(h[j]) : A{};
-      if (drops_) {
-        A* left = left_at(g, parity, i);
-        for (int64_t j = 0; j < h_stride_; j++) left[j] = A{};
-        for (int64_t j = 0; h && j < f_.P && rows_.length(i) > 0; j += n) {
-          int valid = int(f_.P - j < n ? f_.P - j : n);
-          drop(g, first, i, j, valid, load(h + j, valid), left);
-        }
-      }
-    }
-    if constexpr (Cell::kStates > 1) {
-      const CT* c = fresh ? reset_value<CT>(f_, 1, g, b) : initial<CT>(1, (g * f_.B + b) * f_.H);
-      CT* to = c_at(g, i);
-      for (int64_t j = 0; j < c_stride_; j++) to[j] = c && j < f_.H ? c[j] : CT(0);
-    }
-    if (projected_)
-      for (int64_t j = 0; j < m_stride_; j++) m_at(g, i)[j] = A{};
   }
 
   // Writes columns of the left side of step t.
@@ -208,7 +140,7 @@ class ForwardScan {
     CT* sums;        // [row][units][G][n] of one panel
     CT* gates;       // [row][G][H] of whole rows, and c' of one
     CT* next_c;
-    A* x;            // rows of x as left sides, where they cannot be used in place
+    A* x;  // rows of x as left sides, where they cannot be used in place
     const A **x_rows, **a_rows;
   };
 
@@ -337,48 +269,9 @@ class ForwardScan {
     return f_.gx ? nullptr : job.gx + (b - job.own.begin) * G * n * chunk_rows_ + (base + i) * units * G * n;
   }
 
-  // The same under layer norm, which needs all of a row's product before the first of its gates, and all of c' before
-  // the first of h'. This thread has whole rows.
-  __attribute__((noinline)) void advance_rows(const Job& job, int64_t t, int64_t count, int64_t base, int parity) {
-    const Options& o = *f_.options;
-    const void* const* small = o.small + job.g * kSmalls;
-    CT scale = CT(o.h.scale * o.h_step.scale);
-    Walk walk{job.own, kUnits};
-    for (int64_t p = 0; p < walk.count(); p++) {
-      int64_t b = walk[p], at = gate(job.g, b), then = gate(job.g, walk.next(p));
-      int units = walk.units(p);
-      product(count, units, job.a_rows, pack_hh_ ? hh_ + at * hh_steps_ : nullptr, hh_ + then * hh_steps_, hh_steps_,
-              (const ST*)job.w.w_hh, f_.P, b, nullptr, job.sums);
-      for (int64_t i = 0; i < count; i++)
-        for (int u = 0; u < units; u++) {
-          int64_t j = (b + u) * n;
-          for (int k = 0; k < G; k++)
-            store(job.gates + (i * G + k) * f_.H + j, load(job.sums + ((i * units + u) * G + k) * n) * scale,
-                  lanes(j));
-        }
-    }
-    for (int64_t i = 0; i < count; i++) {
-      CT* gates = job.gates + i * G * f_.H;
-      if (small[kGain]) normalise_gates<Cell>(gates, f_.H, (const ST*)small[kGain], o.eps);
-      RowNorm<CT> norm;
-      for (int pass = small[kGainC] ? 0 : 1; pass < 2; pass++) {
-        for (int64_t p = 0; p < walk.count(); p++)
-          for (int u = 0; u < walk.units(p); u++) {
-            const CT* gx = gx_of(job, walk[p], walk.units(p), base, i);
-            int64_t b = walk[p] + u, j = b * n;
-            CT gh[G * n];
-            for (int k = 0; k < G; k++)
-              store(gh + k * n, load(gates + k * f_.H + j, lanes(j)) + load(bias_hh_ + gate(job.g, b) + k * n));
-            if (gx) gx += u * G * n;
-            if (pass)
-              optional_step_row(job, t, job.rows[i], b, 1, parity, gx, gh, norm);
-            else
-              keep_next_c(job, t, job.rows[i], b, gx, gh);
-          }
-        if (!pass) norm.c = moments(job.next_c, f_.H, o.eps);
-      }
-    }
-  }
+  __attribute__((noinline)) void advance_rows(const Job& job, int64_t t, int64_t count, int64_t base, int parity);
+  __attribute__((noinline)) void keep_next_c(const Job& job, int64_t t, int64_t i, int64_t block, const CT* gx,
+                                             const CT* gh);
 
   __attribute__((noinline)) void optional_step_row(const Job& job, int64_t t, int64_t i, int64_t block, int units,
                                                    int parity, const CT* gx, const CT* gh, const RowNorm<CT>& norm) {
@@ -391,20 +284,6 @@ class ForwardScan {
     for (int k = 0; k < G; k++) {
       x[k] = gx ? load(gx + k * n) : load(given + k * f_.H, valid);
       h[k] = load(gh + k * n);
-    }
-  }
-
-  // c' of one block as tanh will meet it, but not normalised.
-  __attribute__((noinline)) void keep_next_c(const Job& job, int64_t t, int64_t i, int64_t block, const CT* gx,
-                                             const CT* gh) {
-    if constexpr (Cell::kStates > 1) {
-      int64_t row = rows_.at(t, i), j = block * n;
-      int valid = int(f_.H - j < n ? f_.H - j : n);
-      V x[G], h[G], state[2], plane[Cell::kPlanes];
-      load_gates(job, row, j, valid, gx, gh, x, h);
-      state[1] = load(c_at(job.g, i) + j);
-      Cell::step(x, h, state, plane, options_at(job, (row * f_.N + job.g) * f_.H, j, valid, {}));
-      store(job.next_c + j, state[1]);
     }
   }
 

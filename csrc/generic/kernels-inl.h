@@ -15,6 +15,8 @@
 #include "../cells/gru.h"
 #include "forward-inl.h"
 #include "backward-inl.h"
+#include "begin-inl.h"
+#include "rows-inl.h"
 #include "forms-inl.h"
 #include "stream-inl.h"
 // clang-format on

@@ -38,9 +38,8 @@ static Moments<CT> moments(const CT* x, int64_t size, double eps) {
 template <class CT>
 static void gradient_means(const CT* d, const CT* x, const Moments<CT>& m, int64_t size, CT* mean, CT* slope) {
   *mean = sum_of<CT>(size, [&](int64_t j, int valid) { return load(d + j, valid); }) / CT(size);
-  *slope = sum_of<CT>(size, [&](int64_t j, int valid) {
-             return load(d + j, valid) * m.normed(load(x + j, valid));
-           }) / CT(size);
+  *slope = sum_of<CT>(size, [&](int64_t j, int valid) { return load(d + j, valid) * m.normed(load(x + j, valid)); }) /
+           CT(size);
 }
 
 // Gates of one row [G*H], each group of the cell's by itself, in place; gain [G*H].

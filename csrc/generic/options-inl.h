@@ -123,8 +123,8 @@ RK_INLINE V mixed(V stay, V old, V now) {
 template <class CT, class ST>
 RK_INLINE StepOptions<vec<CT>, CT> step_options(const Options& o, const void* const* small, int64_t at, int64_t j,
                                                 int valid, const RowNorm<CT>& row, CT* dsmall, int64_t dsmall_stride) {
-  StepOptions<vec<CT>, CT> s{factors<CT>(o.candidate, at + j, valid), o.cell_clip > 0, splat(CT(o.cell_clip)), false, false, {},
-                             row, {}};
+  StepOptions<vec<CT>, CT> s{
+      factors<CT>(o.candidate, at + j, valid), o.cell_clip > 0, splat(CT(o.cell_clip)), false, false, {}, row, {}};
   if (!small) return s;
   s.peeps = small[kPeepholeI] != nullptr;
   s.norms = small[kGainC] != nullptr;

@@ -29,8 +29,9 @@ struct Split {
 
   // Both directions at once where the threads allow it, no barrier then being needed. Then rows, as long as each share
   // has `fair_rows`: what threads of a team pass to one another at every step costs more than reading all the weights,
-  // unless these come from far away. Then columns, where a row may be cut. `products` is the multiplications of one row in one step of one
-  // group, `weight_bytes` what it reads of weights for them, `ahead` the multiplications of its input projection.
+  // unless these come from far away. Then columns, where a row may be cut. `products` is the multiplications of one row
+  // in one step of one group, `weight_bytes` what it reads of weights for them, `ahead` the multiplications of its
+  // input projection.
   static Split choose(const Scan& call, int threads, int64_t column_blocks, int64_t products, int64_t weight_bytes,
                       int64_t ahead, int64_t fair_rows) {
     bool whole_rows = call.options && call.options->whole_rows();

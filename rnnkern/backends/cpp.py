@@ -94,7 +94,7 @@ class Cpp:
         final = tuple(torch.empty_like(s) for s in states)
         keep, groups = _groups(spec, inputs.params, w_ih, b_ih)
         keep_layout, layout, resets = _layout(inputs)
-        keep_masks, options = _options(inputs)
+        keep_masks, options = _options(inputs, 0.0)
         _cpu.forward(
             self.isa,
             CELL_NUMBERS[spec.cell],
@@ -149,7 +149,7 @@ class Cpp:
         dresets = tuple(torch.empty_like(s) for s in states) if inputs.reset_states else ()
         keep, groups = _groups(spec, inputs.params, (None,) * N, (None,) * N)
         keep_layout, layout, resets = _layout(inputs)
-        keep_masks, options = _options(inputs)
+        keep_masks, options = _options(inputs, spec.grad_clip)
         normed = "ln_hh" in spec.params
         product = _products(inputs, y) if normed else y.new_empty(0)
         projected_raw = _projected(inputs, outputs.hidden) if spec.proj_clip else y.new_empty(0)
@@ -207,11 +207,11 @@ def _has_c(spec: ScanSpec) -> bool:
     return len(CELLS[spec.cell].states) > 1
 
 
-def _options(inputs: ScanInputs) -> tuple[list[Tensor], tuple[int | float, ...]]:
-    """What the scan does beyond the plain one; empty: nothing."""
+def _options(inputs: ScanInputs, grad_clip: float) -> tuple[list[Tensor], tuple[int | float, ...]]:
+    """What the scan does beyond the plain one; empty: nothing. A forward has no gradients to clip."""
     spec = inputs.spec
     small = [[p.contiguous() for p in _small(spec, group)] for group in inputs.params]
-    clips = (spec.cell_clip, spec.proj_clip, spec.grad_clip)
+    clips = (spec.cell_clip, spec.proj_clip, grad_clip)
     if not spec.noise and not any((*spec.zoneout, *clips)) and not any(small):
         return [], ()
     masks = {name: mask.contiguous() for name, mask in zip(spec.noise, inputs.noise, strict=True)}
