@@ -1,4 +1,4 @@
-"""Masks, zoneout, bounds, layer norm and peepholes in the C++ scans: each instruction set, sizes, layouts and resets, one thread and two."""
+"""What the C++ scans do beyond the plain one: each instruction set, sizes, layouts and resets, one thread and two."""
 
 from __future__ import annotations
 
