@@ -2,7 +2,8 @@
 
 rnnkern.Stream with its weights in float32, bf16 and int8 beside torch.nn's cell and its layer with T=1, rnnkern's cell,
 and ONNX Runtime. Interleaved rounds in one process on one thread; every call is timed by itself, so that the slow ones
-are seen. Every side is checked first. ``--accuracy`` prints instead what bf16 and int8 cost in accuracy.
+are seen, and beside them a loop of plain arithmetic, on which it is seen what of that is the machine's. Every side is
+checked first. ``--accuracy`` prints instead what bf16 and int8 cost in accuracy.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ CASES = [("lstm", 1, 64), ("lstm", 1, 128), ("lstm", 1, 256), ("lstm", 1, 512), 
 CASES += [("gru", 1, 128), ("rnn", 1, 128), ("gru", 1, 512), ("rnn", 1, 512), ("lstm", 4, 128), ("lstm", 16, 128)]
 FORMS = {"fp32": None, "bf16": "bf16", "int8": "int8"}
 ROUNDS, ROUND_SECONDS = 30, 0.01
+ARITHMETIC = "arithmetic as long as stream fp32, out="
 WORST = 0.05  # of a side that rounds its weights; it would be another computation beyond that
 
 Call = Callable[[], Any]
@@ -106,6 +108,17 @@ def onnx_sides(problem: Problem) -> Iterator[tuple[str, Call, Call]]:
     yield "onnxruntime, bound", lambda: session.run_with_iobinding(binding), found
 
 
+def as_long_as(call: Call) -> Call:
+    """Arithmetic that takes about as long, on next to no memory."""
+
+    def adding(count: int) -> Call:
+        numbers = (1,) * count  # what range(count) gives takes longer once it is above 256
+        return lambda: sum(numbers)
+
+    none, many, wanted = (statistics.median(durations(c, 200)) for c in (adding(0), adding(1000), call))
+    return adding(max(0, round(1000 * (wanted - none) / (many - none))))
+
+
 def durations(call: Call, count: int) -> list[int]:
     """Of `count` calls, in ns, after some that are not timed."""
     clock, taken = time.perf_counter_ns, []
@@ -120,13 +133,15 @@ def durations(call: Call, count: int) -> list[int]:
 
 def measured(cell: str, B: int, H: int, rounds: int) -> Iterator[dict[str, Any]]:
     """Rows of a case. The ratio is that of torch.nn's cell to the side, by the medians of a round."""
-    entries = list(sides(cell, B, H))
-    truth = dict((name, first) for name, _, first in entries)["torch.nn cell"]()
-    errors = {}
-    for name, _, first in entries:
+    entries: list[tuple[str, Call, Call | None]] = list(sides(cell, B, H))
+    firsts = {name: first for name, _, first in entries if first is not None}
+    truth, errors = firsts["torch.nn cell"](), {}
+    for name, first in firsts.items():
         errors[name] = ((first() - truth).abs().max() / truth.abs().max()).item()
         if not errors[name] <= WORST:
             raise RuntimeError(f"{name}: h is off by {errors[name]:.3g} of the largest value")
+    timed = {name: call for name, call, _ in entries}
+    entries.append((ARITHMETIC, as_long_as(timed["stream fp32, out="]), None))
     counts = {}
     for name, call, _ in entries:
         call()
@@ -152,7 +167,7 @@ def measured(cell: str, B: int, H: int, rounds: int) -> Iterator[dict[str, Any]]
             **{"cell": cell, "B": B, "H": H, "side": name, "calls": len(every)},
             **{"p50_us": f"{p50:.4g}", "p99_us": f"{p99:.4g}", "p999_us": f"{p999:.4g}"},
             **{"ratio": f"{statistics.median(ratios):.4g}", "ratio_p20": f"{p20:.4g}", "ratio_p80": f"{p80:.4g}"},
-            "error": f"{errors[name]:.2g}",
+            "error": f"{errors[name]:.2g}" if name in errors else "",
         }
 
 
