@@ -1,6 +1,6 @@
 """PyTorch's recurrent networks, drop-in and fast. Importing this loads no Triton, Numba or native code."""
 
-from rnnkern import functional
+from rnnkern import functional, seq2seq
 from rnnkern._override import override
 from rnnkern._tbptt import tbptt
 from rnnkern.convert import accelerate, restore
@@ -23,6 +23,7 @@ __all__ = [
     "functional",
     "override",
     "restore",
+    "seq2seq",
     "tbptt",
     "use_backend",
 ]
