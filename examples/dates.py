@@ -14,6 +14,7 @@ from __future__ import annotations
 import datetime
 import functools
 import random
+from pathlib import Path
 
 import torch
 from babel.dates import format_date
@@ -70,18 +71,18 @@ def by_rules(text: str) -> str:
         return ""
 
 
-def draw_attention(text: str, answer: str, weights: Tensor, out: object) -> None:
+def draw_attention(text: str, answer: str, weights: Tensor, out: Path) -> None:
     picture, axes = figure(8, 3.6)
     axes.imshow(weights, cmap="Blues", aspect="auto", vmin=0, vmax=1)
     axes.set_xticks(range(len(text)), text)
     axes.set_yticks(range(len(answer)), answer)
     axes.set(ylabel="written", xlabel="read")
     axes.set_title("where the decoder looks for every character that it writes", fontsize=10, loc="left")
-    save(picture, out)  # type: ignore[arg-type]
+    save(picture, out)
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
-    args = options(__doc__, arguments, steps=1000, out="dates.png")
+    args = options(__doc__, arguments, steps=600, out="dates.png")
     pairs, test_pairs = draw(20_000, args.seed, test=False), draw(1000, args.seed + 1, test=True)
     letters = "".join(sorted({letter for text, _ in pairs + test_pairs for letter in text}))
     data, test = Dates(pairs, letters), Dates(test_pairs, letters)

@@ -10,6 +10,8 @@ Right: 99.1 % of 540 digits that it was not trained on; logistic regression: 97.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from common import batches, figure, options, save, train
 from sklearn.datasets import load_digits
@@ -33,7 +35,7 @@ class Reader(nn.Module):
         return self.head(self.rnn(rows)[0])
 
 
-def draw(images: Tensor, odds: Tensor, right: Tensor, out: object) -> None:
+def draw(images: Tensor, odds: Tensor, right: Tensor, out: Path) -> None:
     """Images, and below each the probability of every digit after every row."""
     picture, axes = figure(10, 2.9, nrows=2, ncols=len(images))
     for column, (image, belief, digit) in enumerate(zip(images, odds, right.tolist(), strict=True)):
@@ -44,7 +46,7 @@ def draw(images: Tensor, odds: Tensor, right: Tensor, out: object) -> None:
         below.set(xticks=range(0, 10, 3), yticks=[0, 7], yticklabels=["row 1", "row 8"] if not column else ["", ""])
         above.set(xticks=[], yticks=[])
     picture.supxlabel("probability of each digit after each row", fontsize=10)
-    save(picture, out)  # type: ignore[arg-type]
+    save(picture, out)
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
