@@ -86,6 +86,7 @@ def test_one_command(ppo: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixt
 # The sequence models: each runs small, says its numbers and draws; what it is made of is held to what it says.
 
 SEQUENCES = {
+    "capitals": ("statsmodels", {"counting", "one direction", "both directions"}),
     "dates": ("babel", {"exact", "dateutil"}),
     "digits": ("sklearn", {"lstm", "logistic regression"}),
     "memory": (None, {"adding", "copying"}),
@@ -114,6 +115,8 @@ def sequence(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_small(name: str, sequence: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     module, picture = sequence(name), tmp_path / "new" / "picture.png"
+    if name == "capitals":
+        module.PACKAGES = module.PACKAGES[-1:]  # a third of the text
     found = module.main(["--steps", "3", "--out", str(picture)])
     assert set(found) == SEQUENCES[name][1]
     assert all(v == v for value in found.values() for v in (value.values() if isinstance(value, dict) else [value]))
@@ -129,6 +132,16 @@ def test_dates_of_the_test_are_not_trained_on(sequence: Any) -> None:
     assert not train & test
     assert dates.written(0, "en_US", "full") == ("Monday, January 1, 1900", "1900-01-01")
     assert dates.by_rules("January 1, 1900") == "1900-01-01" and not dates.by_rules("1. Januar")
+
+
+def test_capitals_taken_out_and_put_back(sequence: Any) -> None:
+    capitals = sequence("capitals")
+    text = "The lists, as Python has them. A tuple: it's fixed."
+    words, tags = capitals.words_of(text + " ")
+    assert words == ["the", "lists", "as", "python", "has", "them", "a", "tuple", "it's", "fixed"]
+    assert capitals.written(words, tags) == text
+    assert capitals.f1(tags, tags) == 1.0 and capitals.f1([(False, 0)] * len(tags), tags) == 0.0
+    assert capitals.by_counting(words, tags, words) == tags
 
 
 def test_memory_answers(sequence: Any) -> None:

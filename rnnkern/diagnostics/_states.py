@@ -35,7 +35,7 @@ class StateMap:
         Units are sorted by the time at which they are largest, so that what they do is seen.
         """
         heights = [1 + 0.04 * h.shape[1] for h in self.layers.values()]
-        figure = _picture.figure(9, min(14.0, 0.6 + sum(heights)))
+        figure = _picture.figure(9, min(9.0, 0.6 + sum(heights)))
         columns = figure.subplots(len(heights), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0]
         bound = max(1.0, *(float(h.abs().max()) for h in self.layers.values()))  # relu has states above 1
         for axes, (name, h) in zip(columns, self.layers.items(), strict=True):
