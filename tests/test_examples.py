@@ -89,6 +89,7 @@ SEQUENCES = {
     "capitals": ("statsmodels", {"counting", "one direction", "both directions"}),
     "dates": ("babel", {"exact", "dateutil"}),
     "digits": ("sklearn", {"lstm", "logistic regression"}),
+    "language_model": (None, {"lstm", "counting", "xz"}),
     "memory": (None, {"adding", "copying"}),
     "sunspots": ("statsmodels", {"gru", "AR(9)", "seasonal naive"}),
     "voice": ("sklearn", {"gru", "loudness", "microseconds"}),
@@ -115,6 +116,8 @@ def sequence(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_small(name: str, sequence: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     module, picture = sequence(name), tmp_path / "new" / "picture.png"
+    if name == "language_model":
+        module.ORDERS, module.HIDDEN = 2, 48
     if name == "capitals":
         module.PACKAGES = module.PACKAGES[-1:]  # a third of the text
     found = module.main(["--steps", "3", "--out", str(picture)])
@@ -142,6 +145,15 @@ def test_capitals_taken_out_and_put_back(sequence: Any) -> None:
     assert capitals.written(words, tags) == text
     assert capitals.f1(tags, tags) == 1.0 and capitals.f1([(False, 0)] * len(tags), tags) == 0.0
     assert capitals.by_counting(words, tags, words) == tags
+
+
+def test_counting_knows_what_repeats(sequence: Any) -> None:
+    """Of a text that repeats three characters, hardly a bit is left once two are seen; of noise, all bits are."""
+    module = sequence("language_model")
+    text = module.Text("abc", "abc", torch.arange(900) % 3, torch.arange(90) % 3)
+    assert module.counted(text, 1) == pytest.approx(np.log2(3), abs=0.01) and module.counted(text, 3) < 0.01
+    noise = module.Text("noise", "abcd", torch.randint(4, (9000,)), torch.randint(4, (900,)))
+    assert module.counted(noise, 2) == pytest.approx(2, abs=0.05)
 
 
 def test_memory_answers(sequence: Any) -> None:
