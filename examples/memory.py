@@ -5,7 +5,7 @@ the end the sum of these two is asked for. Copying: a symbol comes first, many r
 the first is to be written down. Both need a gradient that reaches back over the whole sequence, and
 rnnkern.diagnostics.gradient_flow draws how far it does in each of the three cells before the first step of training.
 The RNN is as torch.nn makes it; LSTM and GRU have the initial biases of rnnkern.init.chrono_. With orthogonal weights
-the gradient reaches back further in the RNN, and it fails as well.
+the gradient reaches back further in the RNN, and it fails to add as well.
 
     pip install -c constraints.txt -e '.[examples]' && python examples/memory.py
 

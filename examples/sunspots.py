@@ -9,7 +9,8 @@ spread of such errors, and AR(9) with the intervals that follow from it. The mea
     pip install -c constraints.txt -e '.[examples]' && python examples/sunspots.py
 
 Quantile loss: 7.04; AR(9): 7.73; the numbers of eleven years before: 8.81. 81 % of the years lie within the 80 %
-interval. 6 s of one core.
+interval. Sizes and steps were chosen with these years in view, which favours the GRU; another seed gives 7.09. 6 s of
+one core.
 """
 
 from __future__ import annotations
