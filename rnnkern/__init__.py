@@ -1,6 +1,6 @@
 """PyTorch's recurrent networks, drop-in and fast. Importing this loads no Triton, Numba or native code."""
 
-from rnnkern import functional
+from rnnkern import diagnostics, functional, init, seq2seq
 from rnnkern._override import override
 from rnnkern._tbptt import tbptt
 from rnnkern.convert import accelerate, restore
@@ -20,9 +20,12 @@ __all__ = [
     "Stream",
     "accelerate",
     "backends",
+    "diagnostics",
     "functional",
+    "init",
     "override",
     "restore",
+    "seq2seq",
     "tbptt",
     "use_backend",
 ]
