@@ -169,6 +169,18 @@ def test_padding_is_never_attended(kind: str) -> None:
         check(logits[:, n : n + 1], alone, alone, f"row {n}")
 
 
+@pytest.mark.parametrize("kind", ["dot", "multiplicative", "additive"])
+def test_nan_in_padding_goes_nowhere(kind: str) -> None:
+    attention = Attention(kind, 4, 4, dtype=D)
+    query, source = torch.randn(T, N, 4, dtype=D), torch.randn(5, N, 4, dtype=D)
+    source[3:, 0] = torch.nan
+    lengths = torch.tensor([3, *[5] * (N - 1)])
+    context, weights = attention(query, attention.prepare(source, lengths))
+    source[3:, 0] = 7.0
+    expected = attention(query, attention.prepare(source, lengths))
+    assert torch.equal(context, expected[0]) and torch.equal(weights, expected[1]) and not context.isnan().any()
+
+
 @pytest.mark.parametrize("cell", ["RNN", "LSTM", "GRU"])
 @pytest.mark.parametrize("kind", ATTENTION)
 def test_steps_are_the_whole(kind: str, cell: str) -> None:

@@ -106,6 +106,7 @@ class Attention(nn.Module):
         if lengths is not None:
             lengths = torch.as_tensor(lengths, device=source.device)
             padding = torch.arange(source.shape[0], device=source.device) >= lengths[:, None]
+            values = values.masked_fill(padding.unsqueeze(-1), 0)  # a weight of 0 would not do: NaN stays NaN
         return Source(values, values if self.kind == "dot" else self.key(values), padding)
 
     def forward(self, query: Tensor, source: Source) -> tuple[Tensor, Tensor]:
