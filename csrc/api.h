@@ -6,7 +6,7 @@
 
 namespace rnnkern {
 
-enum class Cell : int { rnn_tanh, rnn_relu, lstm, gru };
+enum class Cell : int { rnn_tanh, rnn_relu, lstm, gru, mgu };
 enum class DType : int { f64, f32, bf16, f16 };
 
 constexpr int kMaxStates = 2;

@@ -20,7 +20,8 @@ from rnnkern import _profile, dispatch
 from rnnkern._dynamo import constant
 from rnnkern._options import PLAIN
 
-_CODES = {"rnn_tanh": (0, 1), "rnn_relu": (1, 1), "lstm": (2, 4), "gru": (3, 3)}  # number in the extension, gates
+# Number in the extension, gates.
+_CODES = {"rnn_tanh": (0, 1), "rnn_relu": (1, 1), "lstm": (2, 4), "gru": (3, 3), "mgu": (4, 2)}
 _NARROW = (torch.bfloat16, torch.float16)  # c is kept in fp32 then, and given and taken in the module's dtype
 _STEP, _LAYER, _BATCH_FIRST = range(3)
 _FORWARD: dict[str, Any] = {
@@ -97,7 +98,7 @@ def layer(module: Any, cell: str, input: Any, hx: Any) -> tuple[Any, ...] | None
     if type(input) is not Tensor or module.options is not PLAIN or _closed():
         return None
     if _grad():
-        if cell == "lstm" or not input.is_cpu or input.dim() != 3:
+        if cell not in _FORWARD or not input.is_cpu or input.dim() != 3:
             return None
         if input.size(1 if module.batch_first else 0) > dispatch.FEW_STEPS:
             return None

@@ -22,7 +22,7 @@ from rnnkern.autograd import Group, layer
 from rnnkern.backends.base import accumulation_dtype
 from rnnkern.cells import CELLS
 
-TITLES = {"rnn_tanh": "RNN", "rnn_relu": "RNN", "lstm": "LSTM", "gru": "GRU"}
+TITLES = {"rnn_tanh": "RNN", "rnn_relu": "RNN", "lstm": "LSTM", "gru": "GRU", "mgu": "MGU"}
 
 Lengths = Tensor | Sequence[int]
 
@@ -185,6 +185,41 @@ def lstm(
         checked_options("LSTM", "lstm", True, options) if options else PLAIN,
     )  # fmt: skip
     return (y, final, states) if return_states else (y, final)
+
+
+class Arguments(Keywords, total=False):
+    """What every function here takes beside `input`, `hx` and `params`."""
+
+    bias: bool
+    num_layers: int
+    dropout: float
+    training: bool
+    bidirectional: bool
+    batch_first: bool
+    batch_sizes: Tensor | None
+    lengths: Lengths | None
+    reset: Tensor | None
+    reset_state: Any
+    return_states: bool
+    memory: str
+
+
+def mgu(input: Tensor, hx: Tensor | None, params: Sequence[Tensor], **arguments: Unpack[Arguments]) -> tuple[Any, ...]:
+    r"""Minimal gated unit, its gate after the product; equations: :class:`rnnkern.MGU`.
+
+    Arguments, results and errors are those of :func:`lstm`, with one state: `hx`, `reset_state` and the second result
+    are tensors, and the third result holds one tensor per layer.
+    """
+    return _one_state("mgu", input=input, params=params, **_all(hx, arguments))
+
+
+def _all(hx: Any, given: Arguments) -> dict[str, Any]:
+    """With the defaults of what is not given; what is no argument is an option."""
+    defaults = dict(bias=True, num_layers=1, dropout=0.0, training=False, bidirectional=False, batch_first=False)
+    beyond = dict(batch_sizes=None, lengths=None, reset=None, reset_state=None, return_states=False, memory="save")
+    arguments = {"hx": hx} | defaults | beyond
+    options = {name: value for name, value in given.items() if name not in arguments}
+    return arguments | {name: value for name, value in given.items() if name in arguments} | {"options": options}
 
 
 def _one_state(

@@ -58,6 +58,8 @@ def chosen(inputs: ScanInputs) -> tuple[str, str]:
 
 def on_a_gpu(inputs: ScanInputs, gradient: bool, device: _cuda.Device) -> _cuda.Verdict:
     """What automatic choice takes there for the plain call of these inputs, and why."""
+    if inputs.spec.cell not in dispatch.TORCHS:
+        return _cuda.Verdict("triton", f"torch has no {inputs.spec.cell}")
     H, tf32 = inputs.states[0].size(2), dispatch.allows_tf32()
     call = _cuda.Call(inputs.spec.cell, inputs.T, inputs.B, H, inputs.gx.dtype, gradient=gradient, tf32=tf32)
     return _cuda.verdict(call, device)

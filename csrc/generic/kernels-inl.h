@@ -12,6 +12,7 @@
 #include "../cells/rnn.h"
 #include "../cells/lstm.h"
 #include "../cells/gru.h"
+#include "../cells/mgu.h"
 #include "forward-inl.h"
 #include "backward-inl.h"
 #include "forms-inl.h"
@@ -41,6 +42,8 @@ static void run_cell(const Call& call) {
       return Driver<Lstm, M>::run(call);
     case Cell::gru:
       return Driver<Gru, M>::run(call);
+    case Cell::mgu:
+      return Driver<Mgu, M>::run(call);
   }
 }
 
@@ -72,6 +75,8 @@ static Stepper* stepper_of(const StreamShape& shape) {
       return new Stream<Lstm, M>(shape);
     case Cell::gru:
       return new Stream<Gru, M>(shape);
+    case Cell::mgu:
+      break;  // Python refuses it
   }
   return nullptr;
 }

@@ -19,10 +19,12 @@ from rnnkern.cells.gru.numba_step import step as gru_step
 from rnnkern.cells.gru.numba_step import step_backward as gru_step_backward
 from rnnkern.cells.lstm.numba_step import step as lstm_step
 from rnnkern.cells.lstm.numba_step import step_backward as lstm_step_backward
+from rnnkern.cells.mgu.numba_step import step as mgu_step
+from rnnkern.cells.mgu.numba_step import step_backward as mgu_step_backward
 from rnnkern.cells.numba_math import EXACT, FAST
 from rnnkern.cells.rnn.numba_step import relu_step, relu_step_backward, tanh_step, tanh_step_backward
 
-CELL_IDS = {"rnn_tanh": 0, "rnn_relu": 1, "lstm": 2, "gru": 3}
+CELL_IDS = {"rnn_tanh": 0, "rnn_relu": 1, "lstm": 2, "gru": 3, "mgu": 4}
 ROUND_BF16, ROUND_FP16 = 1, 2
 _BLOCK = 512  # columns of a product done at a time: four rows of them stay in the first-level cache
 
@@ -35,8 +37,10 @@ def _step(cell, gx, gh, h, rest, m, planes):  # type: ignore[no-untyped-def]
         relu_step(gx, gh, h, rest, m, planes)
     elif cell == 2:
         lstm_step(gx, gh, h, rest, m, planes)
-    else:
+    elif cell == 3:
         gru_step(gx, gh, h, rest, m, planes)
+    else:
+        mgu_step(gx, gh, h, rest, m, planes)
 
 
 @njit(**FAST)
@@ -47,8 +51,10 @@ def _step_backward(cell, dm, drest, planes, h, rest, dgx, dgh, dh):  # type: ign
         relu_step_backward(dm, drest, planes, h, rest, dgx, dgh, dh)
     elif cell == 2:
         lstm_step_backward(dm, drest, planes, h, rest, dgx, dgh, dh)
-    else:
+    elif cell == 3:
         gru_step_backward(dm, drest, planes, h, rest, dgx, dgh, dh)
+    else:
+        mgu_step_backward(dm, drest, planes, h, rest, dgx, dgh, dh)
 
 
 @njit(**FAST)

@@ -15,7 +15,7 @@ try:
 except ImportError as error:
     raise ImportError(f"the C++ extension was not built ({error}); pip install -v shows why") from error
 
-CELL_NUMBERS = {"rnn_tanh": 0, "rnn_relu": 1, "lstm": 2, "gru": 3}
+CELL_NUMBERS = {"rnn_tanh": 0, "rnn_relu": 1, "lstm": 2, "gru": 3, "mgu": 4}
 DTYPE_NUMBERS = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 _PARAMS = ("w_hh", "b_hh", "w_hr")
 _MASKS = ("h", "h_step", "candidate", "zoneout_h", "zoneout_c")
@@ -40,8 +40,8 @@ class Cpp:
         reasons += [f"parameter {p}" for p in spec.params if p not in _PARAMS]
         known = {"h", "h_step", "zoneout_h", *CELLS[spec.cell].masks, *(("zoneout_c",) if _has_c(spec) else ())}
         reasons += [f"mask {m}" for m in spec.noise if m not in known]
-        if spec.cell == "gru" and "w_hr" in spec.params:
-            reasons.append("a projected gru: its step reads h at full width")
+        if CELLS[spec.cell].mixes_h and "w_hr" in spec.params:
+            reasons.append(f"a projected {spec.cell}: its step reads h at full width")
         if spec.proj_clip:
             reasons.append("proj_clip")
         if not _has_c(spec) and (spec.cell_clip or spec.zoneout[1]):

@@ -141,8 +141,8 @@ class NumbaBackend:
         if small:
             reasons.append(f"parameters {', '.join(small)}")
         P, H = inputs.states[0].shape[-1], gx.shape[-1] // len(CELLS[spec.cell].gates)
-        if P != H and spec.cell == "gru":
-            reasons.append(f"gru, whose step mixes h into what is as wide as H, with P={P} and H={H}")
+        if P != H and CELLS[spec.cell].mixes_h:
+            reasons.append(f"{spec.cell}, whose step mixes h into what is as wide as H, with P={P} and H={H}")
         return reasons
 
     def forward(self, inputs: ScanInputs) -> ScanOutputs:

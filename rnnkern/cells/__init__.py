@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from rnnkern.cells.gru import GRU
 from rnnkern.cells.lstm import LSTM
+from rnnkern.cells.mgu import MGU
 from rnnkern.cells.rnn import RNN_RELU, RNN_TANH
 from rnnkern.cells.spec import Aux, CellSpec
 
-CELLS: dict[str, CellSpec] = {cell.name: cell for cell in (RNN_TANH, RNN_RELU, LSTM, GRU)}
+CELLS: dict[str, CellSpec] = {cell.name: cell for cell in (RNN_TANH, RNN_RELU, LSTM, GRU, MGU)}
 
 __all__ = ["CELLS", "Aux", "CellSpec"]
