@@ -3,7 +3,7 @@
 from rnnkern import functional
 from rnnkern._override import override
 from rnnkern._tbptt import tbptt
-from rnnkern.beyond import MGU
+from rnnkern.beyond import MGU, IndRNN, LiGRU
 from rnnkern.convert import accelerate, restore
 from rnnkern.dispatch import backends, use_backend
 from rnnkern.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
@@ -17,6 +17,8 @@ __all__ = [
     "MGU",
     "RNN",
     "GRUCell",
+    "IndRNN",
+    "LiGRU",
     "LSTMCell",
     "RNNCell",
     "Stream",

@@ -49,8 +49,9 @@ class Stack(torch.nn.Module):
     def _shapes(self, k: int) -> dict[str, tuple[int, ...]]:
         """Of the weights that layer k has in each direction, in the order of a flat list."""
         H = self.hidden_size
-        wide, width = len(CELLS[self._cell].gates) * H, H * (1 + self.bidirectional) if k else self.input_size
-        weights: dict[str, tuple[int, ...]] = {"weight_ih": (wide, width), "weight_hh": (wide, H)}
+        spec, width = CELLS[self._cell], H * (1 + self.bidirectional) if k else self.input_size
+        wide = len(spec.gates) * H
+        weights: dict[str, tuple[int, ...]] = {"weight_ih": (wide, width), "weight_hh": spec.recurrent_shape(H, H)}
         return weights | ({"bias_ih": (wide,), "bias_hh": (wide,)} if self.bias else {})
 
     def reset_parameters(self) -> None:

@@ -7,7 +7,7 @@ packed and padded input, reset masks, layers times directions and the dropout be
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Unpack
 
 import torch
@@ -22,9 +22,14 @@ from rnnkern.autograd import Group, layer
 from rnnkern.backends.base import accumulation_dtype
 from rnnkern.cells import CELLS
 
-TITLES = {"rnn_tanh": "RNN", "rnn_relu": "RNN", "lstm": "LSTM", "gru": "GRU", "mgu": "MGU"}
+TITLES = (
+    {"rnn_tanh": "RNN", "rnn_relu": "RNN", "lstm": "LSTM", "gru": "GRU", "mgu": "MGU"}
+    | dict.fromkeys(("indrnn_relu", "indrnn_tanh"), "IndRNN")
+    | {"ligru": "LiGRU"}
+)
 
 Lengths = Tensor | Sequence[int]
+Projection = Callable[[int, Tensor, Sequence[Group], Tensor | None], tuple[Tensor, Sequence[Group]]]
 
 
 def rnn_tanh(
@@ -213,6 +218,36 @@ def mgu(input: Tensor, hx: Tensor | None, params: Sequence[Tensor], **arguments:
     return _one_state("mgu", input=input, params=params, **_all(hx, arguments))
 
 
+def indrnn_relu(
+    input: Tensor, hx: Tensor | None, params: Sequence[Tensor], **arguments: Unpack[Arguments]
+) -> tuple[Any, ...]:
+    r"""Independently recurrent network, :math:`h_t = \max(0, W_{ih} x_t + b_{ih} + u \odot h_{t-1} + b_{hh})`.
+
+    Arguments, results and errors are those of :func:`mgu`; in the place of ``w_hh``, `params` has u, a vector.
+    """
+    return _one_state("indrnn_relu", input=input, params=params, **_all(hx, arguments))
+
+
+def indrnn_tanh(
+    input: Tensor, hx: Tensor | None, params: Sequence[Tensor], **arguments: Unpack[Arguments]
+) -> tuple[Any, ...]:
+    r"""Independently recurrent network, :math:`h_t = \tanh(W_{ih} x_t + b_{ih} + u \odot h_{t-1} + b_{hh})`.
+
+    Arguments, results and errors are those of :func:`mgu`; in the place of ``w_hh``, `params` has u, a vector.
+    """
+    return _one_state("indrnn_tanh", input=input, params=params, **_all(hx, arguments))
+
+
+def ligru(
+    input: Tensor, hx: Tensor | None, params: Sequence[Tensor], **arguments: Unpack[Arguments]
+) -> tuple[Any, ...]:
+    r"""Light gated recurrent unit without batch normalisation; equations: :class:`rnnkern.LiGRU`.
+
+    Arguments, results and errors are those of :func:`mgu`.
+    """
+    return _one_state("ligru", input=input, params=params, **_all(hx, arguments))
+
+
 def _all(hx: Any, given: Arguments) -> dict[str, Any]:
     """With the defaults of what is not given; what is no argument is an option."""
     defaults = dict(bias=True, num_layers=1, dropout=0.0, training=False, bidirectional=False, batch_first=False)
@@ -253,12 +288,13 @@ def run(
     return_states: bool = False,
     memory: str = "save",
     options: Options = PLAIN,
+    project: Projection | None = None,
 ) -> tuple[Tensor, States, tuple[States, ...]]:
     """What the modules and the functions above share: (output, final states, states of every layer or nothing)."""
     if batch_sizes is not None and torch.compiler.is_compiling():
         return _outside_of_graphs(
             cell, input, hx, params, bias, num_layers, dropout, training, bidirectional, batch_first, batch_sizes,
-            lengths, reset, reset_state, return_states, memory, options,
+            lengths, reset, reset_state, return_states, memory, options, project,
         )  # fmt: skip
     two = cell == "lstm"
     packed = batch_sizes is not None
@@ -276,9 +312,9 @@ def run(
             hx = hx and tuple(h.unsqueeze(1) for h in hx)
             reset = None if reset is None else reset.unsqueeze(-1)
             reset_state = reset_state and tuple(h.unsqueeze(1) for h in reset_state)
-    gates = len(CELLS[cell].gates)
+    spec = CELLS[cell]
     extra = options.extra(cell) if options is not PLAIN else ()
-    I, H, P, per = _checks.weights(params, gates, bias, num_layers, D, two, extra)
+    I, H, P, per = _checks.weights(params, len(spec.gates), bias, num_layers, D, two, extra, spec.dense)
     proj = per - len(extra) > 2 + 2 * bias
     _checks.input_like_weight(input, params[0], packed)
     if batch_sizes is not None:
@@ -349,7 +385,7 @@ def run(
         x, hx, reset, reset_state = packing.put(x, hx, reset, reset_state)
     arguments = (
         cell, x, hx, params, per, bias, num_layers, dropout if training else 0.0, D, steps, sizes,
-        offsets, lengths, reset, reset_state, return_states, backend, memory, training, options,
+        offsets, lengths, reset, reset_state, return_states, backend, memory, training, options, project,
     )  # fmt: skip
     if low is not None:
         with torch.autocast(input.device.type, enabled=False):
@@ -401,8 +437,13 @@ def stack(
     memory: str = "save",
     training: bool = False,
     options: Options = PLAIN,
+    project: Projection | None = None,
 ) -> tuple[Tensor, States, tuple[States, ...]]:
-    """Layers times directions over rows `x` [S, I]; c is in the accumulation dtype in `final`, in x's in the states."""
+    """Layers times directions over rows `x` [S, I]; c is in the accumulation dtype in `final`, in x's in the states.
+
+    `project` makes pre-activations [S, D, G*H] in its own way, from the number of the layer, its rows, its groups and
+    which rows exist (None: all), and gives groups without a projection.
+    """
     B = sizes[0][1]
     acc = accumulation_dtype(x.dtype)
     if hx is None:
@@ -418,6 +459,9 @@ def stack(
     proj = per - len(extra) > 2 + 2 * bias
     names = ("w_hh", "b_hh", "w_hr") if bias and proj else ("w_hh", "b_hh") if bias else ("w_hh", "w_hr")[: 1 + proj]
     scan: dict[str, Any] = {}
+    exist = None
+    if project is not None and lengths is not None and offsets is None:
+        exist = (torch.arange(T, device=x.device).unsqueeze(1) < lengths).flatten()
     if options is not PLAIN:
         names += tuple(name for name in extra if name != "ln_ih")
         if options.layer_norm and lengths is not None and offsets is None:
@@ -439,6 +483,8 @@ def stack(
             scan = _regularised.scan_options(options, cell, training, x.shape[0], B, D, [s[2] for s in sizes], x)
             if options.layer_norm:
                 rows, groups = _regularised.normalised(cell, x, groups, len(names) - len(extra) + 1)
+        if project is not None:
+            rows, groups = project(k, x, groups, exist)
         y, final, seq = layer(
             cell, rows, entering, groups, reverse, T, B, param_names=names, offsets=offsets,
             lengths=lengths, reset=reset, reset_states=segment, keep_states=keep, backend=backend, memory=memory,

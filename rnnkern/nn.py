@@ -498,7 +498,7 @@ def _sequence(
     y, final, states = functional.run(
         cell, data, hx, weights, module.bias, module.num_layers, module.dropout, module.training,
         module.bidirectional, module.batch_first, sizes, lengths, reset, reset_state, return_states,
-        module.memory, module.options,
+        module.memory, module.options, module._project,
     )  # fmt: skip
     if sizes is None:
         return (y, final, states) if return_states else (y, final)

@@ -6,8 +6,9 @@ Truth is the reference in fp64 on the same values, the yardstick the reference i
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,10 +50,10 @@ class Case:
         return "-".join([*parts, f"reset_{self.reset}" if self.reset else "keep"])
 
 
-def drawn(count: int, axes: dict[str, list]) -> list[Case]:
+def drawn(count: int, axes: dict[str, list], cells: Iterable[str] = CELLS) -> list[Case]:
     """For each cell and dtype `count` cases in which every value of every axis occurs, in ever different company."""
     cases = []
-    for cell in CELLS:
+    for cell in cells:
         for dtype in DTYPES:
             rng = random.Random(f"{cell} {dtype}")
             columns = {}
@@ -105,7 +106,7 @@ def inputs_of(case: Case) -> ScanInputs:
         S = sum(alive)
     params = []
     for _ in range(N):
-        group = [normal(G * H, P) / P**0.5]
+        group = [normal(*cell.recurrent_shape(H, P)) / P**0.5]
         if case.bias:
             group.append(normal(G * H))
         if case.project:
@@ -187,14 +188,19 @@ def run(backend: Backend, inputs: ScanInputs, grads: tuple, saved: ScanOutputs |
     return [outputs, backend.backward(dataclasses.replace(inputs, gx=shape_only), kept, *grads)]
 
 
+def jumps(cell: str) -> bool:
+    """Whether a derivative of the cell jumps, as relu's does."""
+    return "relu" in inspect.getsource(CELLS[cell].step)
+
+
 def references(inputs: ScanInputs, grads: tuple) -> tuple[Results, Results, ScanOutputs | None]:
     """Yardstick, truth, and what a backward to be held against them must be given.
 
-    relu's derivative jumps: where rounding moves a unit past 0, no bound holds. There all go back from the yardstick's
+    A derivative may jump: where rounding moves a unit past 0, no bound holds. There all go back from the yardstick's
     forward, elsewhere each from its own.
     """
     yardstick = run(REFERENCE, inputs, grads)
-    saved = yardstick[0] if inputs.spec.cell == "rnn_relu" else None
+    saved = yardstick[0] if jumps(inputs.spec.cell) else None
     assert saved is None or isinstance(saved, ScanOutputs)
     return yardstick, run(REFERENCE, wide(inputs), wide(grads), wide(saved)), saved
 

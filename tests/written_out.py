@@ -20,9 +20,39 @@ def mgu(gx: Tensor, w: dict[str, Any], h: Tensor) -> States:
     return ((1 - f) * h + f * n,)
 
 
+def indrnn_relu(gx: Tensor, w: dict[str, Any], h: Tensor) -> States:
+    b = 0 if w["bias_hh"] is None else w["bias_hh"]
+    return (torch.relu(gx + w["weight_hh"] * h + b),)
+
+
+def indrnn_tanh(gx: Tensor, w: dict[str, Any], h: Tensor) -> States:
+    b = 0 if w["bias_hh"] is None else w["bias_hh"]
+    return (torch.tanh(gx + w["weight_hh"] * h + b),)
+
+
+def ligru(gx: Tensor, w: dict[str, Any], h: Tensor) -> States:
+    az, an = (gx + linear(h, w["weight_hh"], w["bias_hh"])).chunk(2, -1)
+    z = torch.sigmoid(az)
+    n = torch.relu(an)
+    return ((1 - z) * n + z * h,)
+
+
+def normalised(module: Any, end: str, product: Tensor, exist: Tensor) -> Tensor:
+    """Batch normalisation over the rows that exist, or by running estimates."""
+    mean, var = getattr(module, "bn_mean" + end), getattr(module, "bn_var" + end)
+    if module.training:
+        mean = product[exist].mean(0)
+        var = (product[exist] - mean).square().mean(0)
+    return (product - mean) / (var + 1e-5).sqrt() * getattr(module, "bn_ih" + end)
+
+
 # Class, its further arguments, the step.
 KINDS: dict[str, tuple[str, dict[str, Any], Callable[..., States]]] = {
     "MGU": ("MGU", {}, mgu),
+    "IndRNN": ("IndRNN", {}, indrnn_relu),
+    "LiGRU": ("LiGRU", {}, ligru),
+    "LiGRU bare": ("LiGRU", {"batch_norm": False}, ligru),
+    "IndRNN tanh": ("IndRNN", {"nonlinearity": "tanh"}, indrnn_tanh),
 }
 
 
@@ -39,7 +69,10 @@ def loop(
         for end in ("", "_reverse")[: 1 + module.bidirectional]:
             names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
             w = {name: getattr(module, f"{name}_l{k}{end}", None) for name in names}
-            gx = linear(x, w["weight_ih"], w["bias_ih"])
+            gx = linear(x, w["weight_ih"])
+            if getattr(module, "batch_norm", False):
+                gx = normalised(module, f"_l{k}{end}", gx, torch.arange(T).unsqueeze(1) < lengths)
+            gx = gx if w["bias_ih"] is None else gx + w["bias_ih"]
             states: States = tuple(h[len(finals)] for h in hx)
             out = [gx.new_zeros(B, module.hidden_size)] * T
             for t in range(T)[:: -1 if end else 1]:

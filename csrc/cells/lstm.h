@@ -4,7 +4,7 @@
 
 struct Lstm {
   static constexpr int kGates = 4, kStates = 2, kPlanes = 4;
-  static constexpr bool kSplit = false, kReadsH = false;
+  static constexpr bool kSplit = false, kReadsH = false, kDiagonal = false;
 
   template <class V, class O>
   static RK_INLINE void step(const V* gx, const V* gh, V* state, V* plane, const O& options) {

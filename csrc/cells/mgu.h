@@ -3,7 +3,7 @@
 
 struct Mgu {
   static constexpr int kGates = 2, kStates = 1, kPlanes = 3;
-  static constexpr bool kSplit = true, kReadsH = true;
+  static constexpr bool kSplit = true, kReadsH = true, kDiagonal = false;
 
   template <class V, class O>
   static RK_INLINE void step(const V* gx, const V* gh, V* state, V* plane, const O& o) {

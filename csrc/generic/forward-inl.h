@@ -21,10 +21,11 @@ class ForwardScan {
     projected_ = f.weights[0].w_hr != nullptr;
     blocks_ = ceil_div(f.H, n);
     out_blocks_ = ceil_div(f.P, n);
-    split_ = Split::choose(f, max_threads, blocks_, G * f.H * f.P, G * f.H * f.P * int64_t(sizeof(W)) / M::kPair,
+    int64_t products = G * f.H * (Cell::kDiagonal ? 1 : f.P);
+    split_ = Split::choose(f, max_threads, blocks_, products, products * int64_t(sizeof(W)) / M::kPair,
                            f.gx ? 0 : G * f.H * f.I, kFairRows);
     rows_.deal(split_.rows);
-    pack_hh_ = f.S >= 16 && (f.T >= 4 || f.B >= 16);
+    pack_hh_ = !Cell::kDiagonal && f.S >= 16 && (f.T >= 4 || f.B >= 16);
     pack_ih_ = !f.gx && f.S >= 24;
     h_stride_ = ceil_div(f.P, M::kStep) * M::kStep;
     m_stride_ = ceil_div(f.H, M::kStep) * M::kStep;
@@ -279,6 +280,16 @@ class ForwardScan {
       }
   }
 
+  // The same where each unit sees its own entry of the left row alone.
+  void diagonal(int64_t rows, int units, const A* const* a, const ST* weight, int64_t block, const CT* bias, CT* to) {
+    for (int u = 0; u < units; u++)
+      for (int k = 0; k < G; k++) {
+        int64_t j = (block + u) * n;
+        V w = load(weight + k * f_.H + j, int(f_.H - j < n ? f_.H - j : n)), start = load(bias + (u * G + k) * n);
+        for (int64_t i = 0; i < rows; i++) store(to + ((i * units + u) * G + k) * n, start + w * load(a[i] + j));
+      }
+  }
+
   // What step t will write of this thread's columns, for some of its rows.
   void prefetch(const Job& job, int64_t t, Range some) const {
     Range own = job.own.columns(n, f_.H);
@@ -302,8 +313,11 @@ class ForwardScan {
       int units = walk.units(p);
       const CT* gx = f_.gx ? nullptr : job.gx + (b - job.own.begin) * G * n * chunk_rows_ + base * units * G * n;
       prefetch(job, ahead, share(coming, walk.count(), p));
-      product(count, units, job.a_rows, pack_hh_ ? hh_ + at * hh_steps_ : nullptr, hh_ + then * hh_steps_, hh_steps_,
-              (const ST*)job.w.w_hh, f_.P, b, bias_hh_ + at, job.sums);
+      if constexpr (Cell::kDiagonal)
+        diagonal(count, units, job.a_rows, (const ST*)job.w.w_hh, b, bias_hh_ + at, job.sums);
+      else
+        product(count, units, job.a_rows, pack_hh_ ? hh_ + at * hh_steps_ : nullptr, hh_ + then * hh_steps_, hh_steps_,
+                (const ST*)job.w.w_hh, f_.P, b, bias_hh_ + at, job.sums);
       for (int64_t i = 0; i < count; i++) {
         const CT *gx_row = gx ? gx + i * units * G * n : nullptr, *gh = job.sums + i * units * G * n;
         if (__builtin_expect(f_.options != nullptr, 0))

@@ -10,9 +10,11 @@
 #include "product-inl.h"
 #include "plan-inl.h"
 #include "../cells/rnn.h"
+#include "../cells/indrnn.h"
 #include "../cells/lstm.h"
 #include "../cells/gru.h"
 #include "../cells/mgu.h"
+#include "../cells/ligru.h"
 #include "forward-inl.h"
 #include "backward-inl.h"
 #include "forms-inl.h"
@@ -44,6 +46,12 @@ static void run_cell(const Call& call) {
       return Driver<Gru, M>::run(call);
     case Cell::mgu:
       return Driver<Mgu, M>::run(call);
+    case Cell::indrnn_tanh:
+      return Driver<IndRnn<false>, M>::run(call);
+    case Cell::indrnn_relu:
+      return Driver<IndRnn<true>, M>::run(call);
+    case Cell::ligru:
+      return Driver<LiGru, M>::run(call);
   }
 }
 
@@ -75,8 +83,8 @@ static Stepper* stepper_of(const StreamShape& shape) {
       return new Stream<Lstm, M>(shape);
     case Cell::gru:
       return new Stream<Gru, M>(shape);
-    case Cell::mgu:
-      break;  // Python refuses it
+    default:
+      break;  // Python refuses the others
   }
   return nullptr;
 }

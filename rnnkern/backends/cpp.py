@@ -15,7 +15,16 @@ try:
 except ImportError as error:
     raise ImportError(f"the C++ extension was not built ({error}); pip install -v shows why") from error
 
-CELL_NUMBERS = {"rnn_tanh": 0, "rnn_relu": 1, "lstm": 2, "gru": 3, "mgu": 4}
+CELL_NUMBERS = {
+    "rnn_tanh": 0,
+    "rnn_relu": 1,
+    "lstm": 2,
+    "gru": 3,
+    "mgu": 4,
+    "indrnn_tanh": 5,
+    "indrnn_relu": 6,
+    "ligru": 7,
+}
 DTYPE_NUMBERS = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 _PARAMS = ("w_hh", "b_hh", "w_hr")
 _MASKS = ("h", "h_step", "candidate", "zoneout_h", "zoneout_c")
@@ -42,6 +51,8 @@ class Cpp:
         reasons += [f"mask {m}" for m in spec.noise if m not in known]
         if CELLS[spec.cell].mixes_h and "w_hr" in spec.params:
             reasons.append(f"a projected {spec.cell}: its step reads h at full width")
+        if not CELLS[spec.cell].dense and "w_hr" in spec.params:
+            reasons.append(f"a projected {spec.cell}: its recurrence has no products")
         if spec.proj_clip:
             reasons.append("proj_clip")
         if not _has_c(spec) and (spec.cell_clip or spec.zoneout[1]):
@@ -182,7 +193,7 @@ class Cpp:
 def _plane_is_output(spec: ScanSpec) -> bool:
     """Whether what the cell saves is the h that it gives out."""
     zoned = "zoneout_h" in spec.noise or spec.zoneout[0]
-    return spec.cell in ("rnn_tanh", "rnn_relu") and "w_hr" not in spec.params and not zoned
+    return CELLS[spec.cell].planes == ("a",) and "w_hr" not in spec.params and not zoned
 
 
 def _has_c(spec: ScanSpec) -> bool:

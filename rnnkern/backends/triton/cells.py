@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from rnnkern.cells.gru import triton_step as gru
+from rnnkern.cells.ligru import triton_step as ligru
 from rnnkern.cells.lstm import triton_step as lstm
 from rnnkern.cells.mgu import triton_step as mgu
 from rnnkern.cells.rnn import triton_step as rnn
@@ -21,4 +22,5 @@ STEPS = {
     "lstm": TritonCell(lstm.step, lstm.step_backward),
     "gru": TritonCell(gru.step, gru.step_backward),
     "mgu": TritonCell(mgu.step, mgu.step_backward),
+    "ligru": TritonCell(ligru.step, ligru.step_backward),
 }
