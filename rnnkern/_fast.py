@@ -94,7 +94,7 @@ def _torchs(module: Any, what: str, input: Tensor, hx: Any) -> Any:
 
 
 def layer(module: Any, cell: str, input: Any, hx: Any) -> tuple[Any, ...] | None:
-    """RNN, LSTM or GRU: (output, states in torch.nn's form), or None."""
+    """A module of layers: (output, states in torch.nn's form), or None."""
     if type(input) is not Tensor or module.options is not PLAIN or module._project is not None or _closed():
         return None
     if _grad():

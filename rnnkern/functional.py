@@ -22,11 +22,10 @@ from rnnkern.autograd import Group, layer
 from rnnkern.backends.base import accumulation_dtype
 from rnnkern.cells import CELLS
 
-TITLES = (
-    {"rnn_tanh": "RNN", "rnn_relu": "RNN", "lstm": "LSTM", "gru": "GRU", "mgu": "MGU"}
-    | dict.fromkeys(("indrnn_relu", "indrnn_tanh"), "IndRNN")
-    | {"ligru": "LiGRU"}
-)
+TITLES = {
+    "rnn_tanh": "RNN", "rnn_relu": "RNN", "lstm": "LSTM", "gru": "GRU",
+    "mgu": "MGU", "indrnn_tanh": "IndRNN", "indrnn_relu": "IndRNN", "ligru": "LiGRU",
+}  # fmt: skip
 
 Lengths = Tensor | Sequence[int]
 Projection = Callable[[int, Tensor, Sequence[Group], Tensor | None], tuple[Tensor, Sequence[Group]]]

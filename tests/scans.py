@@ -271,7 +271,8 @@ def check_nan_and_inf(backend: Backend, case: Case, lengths: list[int], where: s
     elif where in ("h", "rest"):
         inputs.states[where == "rest"][0, case.B // 2, 2] = bad
     elif where == "w_hh":
-        inputs.params[0][0][1, 2] = bad
+        w_hh = inputs.params[0][0]
+        w_hh[(1, 2)[-w_hh.dim() :]] = bad
     else:
         dy[row, 0] = bad  # all of it: a unit of relu that is off passes nothing on
     grads = (dy, dfinal, dseq)

@@ -15,16 +15,8 @@ try:
 except ImportError as error:
     raise ImportError(f"the C++ extension was not built ({error}); pip install -v shows why") from error
 
-CELL_NUMBERS = {
-    "rnn_tanh": 0,
-    "rnn_relu": 1,
-    "lstm": 2,
-    "gru": 3,
-    "mgu": 4,
-    "indrnn_tanh": 5,
-    "indrnn_relu": 6,
-    "ligru": 7,
-}
+_CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru", "mgu", "indrnn_tanh", "indrnn_relu", "ligru")
+CELL_NUMBERS = {name: number for number, name in enumerate(_CELLS)}  # as csrc/api.h has them
 DTYPE_NUMBERS = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 _PARAMS = ("w_hh", "b_hh", "w_hr")
 _MASKS = ("h", "h_step", "candidate", "zoneout_h", "zoneout_c")
