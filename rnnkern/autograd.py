@@ -180,7 +180,7 @@ class Layer(torch.autograd.Function):
             stand_in = shape_only(x, x.shape[0], len(plan.spec.reverse), plan.columns(args))
             out = run_forward(backend, plan.inputs(T, B, stand_in, args), x, w_ih, b_ih, plan.models)
             return out.y, *out.final, *out.seq, out.planes, out.hidden
-        if dispatch.projects(backend):
+        if w_ih and dispatch.projects(backend):
             biases = [b for b in b_ih if b is not None]
             scan = scan_arguments(plan.inputs(T, B, x, args))
             return tuple(_ops.layer_forward(plan.text, backend, T, B, x, list(w_ih), biases, *scan))

@@ -14,6 +14,7 @@ from rnnkern import functional
 from rnnkern._options import Extended
 from rnnkern._stack import Stack
 from rnnkern.autograd import Group
+from rnnkern.backends.base import accumulation_dtype
 from rnnkern.nn import one_state
 
 __all__ = ["MGU", "IndRNN", "LiGRU"]
@@ -266,7 +267,8 @@ class LiGRU(_OneState):
 
     def _over_existing(self, product: Tensor, exist: Tensor, mean: Tensor, var: Tensor) -> Tensor:
         """Batch normalisation of the rows that exist; without looking for them, which would wait for a GPU."""
-        count = exist.sum().clamp_min(1)
+        product = product.to(accumulation_dtype(product.dtype))
+        count = exist.sum().clamp_min(1).to(product.dtype)
         centre = product.masked_fill(~exist, 0).sum(0) / count
         spread = (product - centre).masked_fill(~exist, 0).square().sum(0) / count
         with torch.no_grad():

@@ -229,7 +229,7 @@ def test_bad_input(kind: str) -> None:
 
 @each_kind
 def test_who_expects_torchs_modules_says_so(kind: str) -> None:
-    module, x = make(kind), torch.randn(T, B, I, dtype=D)
+    module, x = make(kind).eval(), torch.randn(T, B, I, dtype=D)
     with rnnkern.use_backend("torch"), pytest.raises(RuntimeError, match=f"torch has no {module._cell}"):
         module(x)
     with pytest.raises(ValueError, match=f"torch.nn has no {type(module).__name__}"):
