@@ -22,7 +22,7 @@ __all__ = ["MGU", "IndRNN", "LiGRU"]
 
 def _not_scriptable(self: torch.nn.Module) -> None:
     """What torch.jit.script asks for, to compile it in place of a module."""
-    raise RuntimeError(f"torch.jit.script cannot compile rnnkern.{type(self).__name__}; torch.jit.trace can follow it")
+    raise RuntimeError(f"torch.jit.script cannot compile rnnkern.{type(self).__name__}; torch.export can follow it")
 
 
 class _OneState(Extended, Stack):

@@ -201,6 +201,8 @@ def wants_torch(
     name = _choice.requested
     if cell.removesuffix("_cell") not in TORCHS:
         may_torch(f"torch has no {cell}")
+        if torch._C._get_tracing_state() is not None:  # it would hold the sizes of its example, and not say so
+            raise RuntimeError(f"torch.jit.trace cannot follow {cell}, which torch does not have; torch.export can")
         return False
     if name is not None:
         return name == "torch"
