@@ -281,7 +281,12 @@ def main(arguments: list[str] | None = None) -> int:
     find.add_argument("--out", type=Path, required=True, help="a table as table.json is; OUT with .csv: all times")
     find.add_argument("--seconds", type=float, default=540, help="for all of it")
     find.add_argument("--each", type=float, default=30, help="seconds for one kind of scan")
-    find.add_argument("--cell", nargs="*", choices=CELLS, default=["lstm", "gru", "rnn_tanh", "rnn_relu"])
+    find.add_argument(
+        "--cell",
+        nargs="*",
+        choices=[name for name in CELLS if CELLS[name].dense],
+        default=["lstm", "gru", "rnn_tanh", "rnn_relu"],
+    )
     find.add_argument("--precision", nargs="*", choices=PRECISIONS, default=PRECISIONS)
     make = commands.add_parser("ratios", help="measured.json out of results of the gpu suite")
     make.add_argument("results", type=Path, nargs="+", help="files that the suite wrote with --backend triton")

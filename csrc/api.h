@@ -6,7 +6,7 @@
 
 namespace rnnkern {
 
-enum class Cell : int { rnn_tanh, rnn_relu, lstm, gru };
+enum class Cell : int { rnn_tanh, rnn_relu, lstm, gru, mgu, indrnn_tanh, indrnn_relu, ligru };
 enum class DType : int { f64, f32, bf16, f16 };
 
 constexpr int kMaxStates = 2;
@@ -14,7 +14,7 @@ constexpr int kMaxStates = 2;
 // One group of weights: a direction of a layer, or a member of an ensemble. Row-major and contiguous, gates in torch
 // order.
 struct Weights {
-  const void* w_hh = nullptr;  // [G*H, P]
+  const void* w_hh = nullptr;  // [G*H, P], or [G*H] for a diagonal recurrence
   const void* b_hh = nullptr;  // [G*H] or null
   const void* w_hr = nullptr;  // [P, H] or null: then P == H
   const void* w_ih = nullptr;  // [G*H, I]: only where the kernel projects the input itself

@@ -3,6 +3,7 @@
 from rnnkern import diagnostics, functional, init, seq2seq
 from rnnkern._override import override
 from rnnkern._tbptt import tbptt
+from rnnkern.beyond import MGU, IndRNN, LiGRU
 from rnnkern.convert import accelerate, restore
 from rnnkern.dispatch import backends, use_backend
 from rnnkern.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
@@ -13,8 +14,11 @@ __version__ = "0.1.0"
 __all__ = [
     "GRU",
     "LSTM",
+    "MGU",
     "RNN",
     "GRUCell",
+    "IndRNN",
+    "LiGRU",
     "LSTMCell",
     "RNNCell",
     "Stream",

@@ -106,11 +106,12 @@ def alike(input: Tensor, others: Sequence[Tensor], name: str, dtype: bool) -> No
 
 def weights(
     params: Sequence[Tensor], gates: int, bias: bool, layers: int, directions: int, may_project: bool,
-    extra: tuple[str, ...] = (),
+    extra: tuple[str, ...] = (), dense: bool = True,
 ) -> tuple[int, int, int, int]:  # fmt: skip
     """The flat list of weights against the sizes that its first layer states: (I, H, P, tensors per group).
 
-    `extra` names what follows torch's weights in every group: ln_ih and ln_hh of the gates' width, others of H.
+    `extra` names what follows torch's weights in every group: ln_ih and ln_hh of the gates' width, others of H. A
+    weight_hh that is not `dense` is a vector.
     """
     per = 2 + 2 * bias + len(extra)
     groups = layers * directions
@@ -122,15 +123,15 @@ def weights(
             f"for each of {layers} layers x {directions} directions, got {len(params)}"
         )
     first, second = params[0].shape, params[1].shape
-    if len(first) != 2 or len(second) != 2 or first[0] % gates or not first[0]:
+    if len(first) != 2 or len(second) != 1 + dense or first[0] % gates or not first[0]:
         raise RuntimeError(
-            f"weight_ih_l0 and weight_hh_l0: expected ({gates}*hidden_size, features) matrices, got {list(first)} and "
-            f"{list(second)}"
+            f"weight_ih_l0 and weight_hh_l0: expected ({gates}*hidden_size, features) "
+            f"{'matrices' if dense else 'and a vector'}, got {list(first)} and {list(second)}"
         )
     wide, columns = first
     hidden = wide // gates
     state = second[1] if proj else hidden
-    shapes: list[tuple[int, ...]] = [(wide, columns), (wide, state)]
+    shapes: list[tuple[int, ...]] = [(wide, columns), (wide, state) if dense else (wide,)]
     if bias:
         shapes += [(wide,), (wide,)]
     if proj:

@@ -50,7 +50,7 @@ class Call(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    take: str  # "triton" or "torch"
+    take: str  # "triton" or "torch"; of cells that torch does not have, "triton" or "reference"
     why: str
 
 

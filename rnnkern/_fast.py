@@ -20,7 +20,8 @@ from rnnkern import _profile, dispatch
 from rnnkern._dynamo import constant
 from rnnkern._options import PLAIN
 
-_CODES = {"rnn_tanh": (0, 1), "rnn_relu": (1, 1), "lstm": (2, 4), "gru": (3, 3)}  # number in the extension, gates
+# Number in the extension, gates; those that its short way has.
+_CODES = {"rnn_tanh": (0, 1), "rnn_relu": (1, 1), "lstm": (2, 4), "gru": (3, 3), "mgu": (4, 2), "ligru": (7, 2)}
 _NARROW = (torch.bfloat16, torch.float16)  # c is kept in fp32 then, and given and taken in the module's dtype
 _STEP, _LAYER, _BATCH_FIRST = range(3)
 _FORWARD: dict[str, Any] = {
@@ -93,11 +94,11 @@ def _torchs(module: Any, what: str, input: Tensor, hx: Any) -> Any:
 
 
 def layer(module: Any, cell: str, input: Any, hx: Any) -> tuple[Any, ...] | None:
-    """RNN, LSTM or GRU: (output, states in torch.nn's form), or None."""
-    if type(input) is not Tensor or module.options is not PLAIN or _closed():
+    """A module of layers: (output, states in torch.nn's form), or None."""
+    if type(input) is not Tensor or module.options is not PLAIN or module._project is not None or _closed():
         return None
     if _grad():
-        if cell == "lstm" or not input.is_cpu or input.dim() != 3:
+        if cell not in _FORWARD or not input.is_cpu or input.dim() != 3:
             return None
         if input.size(1 if module.batch_first else 0) > dispatch.FEW_STEPS:
             return None
@@ -170,8 +171,9 @@ def _run(
 ) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
     """(output, h_n, c_n); a cell's h_n is its output, and None."""
     kernel = _load() if _kernel is None else _kernel
-    if not kernel or (bias and (parts[2] is None or parts[3] is None)):
+    if not kernel or cell not in _CODES or (bias and (parts[2] is None or parts[3] is None)):
         return None
+    number, gates = _CODES[cell]
     h = c = None
     narrow = cell == "lstm" and input.dtype in _NARROW
     if hx is not None:
@@ -184,7 +186,6 @@ def _run(
                 if type(c) is not Tensor or c.dtype is not input.dtype:
                     return None
                 c = c.float()
-    number, gates = _CODES[cell]
     given = (_isa, number, gates, H, P, _threads(), kind, input, *parts, w_hr, h, c)
     if _profiling():
         with torch.profiler.record_function(_profile.label("cpp", cell, "layer_forward")):

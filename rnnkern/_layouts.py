@@ -95,9 +95,7 @@ class Picked(torch.autograd.Function):
         return d.new_zeros(ctx.shape).index_copy_(0, rows, d), None
 
 
-def in_order(
-    module: torch.nn.RNNBase, states: tuple[Tensor, ...], order: Tensor, batch: int, name: str
-) -> tuple[Tensor, ...]:
+def in_order(module: Any, states: tuple[Tensor, ...], order: Tensor, batch: int, name: str) -> tuple[Tensor, ...]:
     """States in the order of a packed batch; index_select alone would cut a batch that is too large without a word."""
     for index, state in enumerate(states):
         if state.dim() != 3 or state.size(1) != batch:

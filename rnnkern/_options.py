@@ -1,4 +1,4 @@
-"""What RNN, LSTM and GRU have beyond torch.nn's: the options of regularised and richer cells, the same for all.
+"""What all modules have beyond torch.nn's: the options of regularised and richer cells, the same for all.
 
 `Options` holds them and says what is wrong with them, `Extended` gives them to the modules, functions take them as
 keywords; what they do to a layer's call is in _regularised.py.
@@ -108,7 +108,8 @@ def options(title: str, cell: str, projected: bool, given: Keywords) -> Options:
     if mode not in MODES:
         raise ValueError(f"recurrent_dropout_mode: expected one of {', '.join(MODES)}, got {mode!r}")
     if mode == "candidate" and "candidate" not in CELLS[cell].masks:
-        raise ValueError(f"recurrent_dropout_mode='candidate': {title} has no candidate, only LSTM and GRU have")
+        having = ", ".join(name for name, other in CELLS.items() if "candidate" in other.masks)
+        raise ValueError(f"recurrent_dropout_mode='candidate': {title} has no candidate, only {having} have")
     if found.peephole and "peephole_i" not in CELLS[cell].small:
         raise ValueError(f"peephole: {title} has no peepholes, only LSTM has")
     if found.cell_clip and not two:
@@ -142,15 +143,27 @@ def _attribute(name: str) -> property:
     return property(get, set)
 
 
-class Extended(torch.nn.RNNBase):
-    """What the modules RNN, LSTM and GRU have in common beyond torch.nn's.
+class Extended(torch.nn.Module):
+    """What rnnkern's modules have in common beyond torch.nn's: laid over torch.nn.RNNBase, or Stack for other cells.
 
     Defaults are of the class: accelerate(model) makes instances that know nothing of them, and a module without options
     is torch.nn's in every attribute.
     """
 
+    hidden_size: int
+    num_layers: int
+    bias: bool
+    batch_first: bool
+    dropout: float
+    bidirectional: bool
+    proj_size: int
+    all_weights: Any
+    _cell: str  # name in CELLS
+    _flat_weights_names: list[str]
+
     memory = "save"
     options = PLAIN
+    _project: Any = None  # makes a layer's pre-activations in its own way, see functional.stack
     recurrent_dropout = _attribute("recurrent_dropout")
     recurrent_dropout_mode = _attribute("recurrent_dropout_mode")
     zoneout = _attribute("zoneout")
@@ -170,10 +183,6 @@ class Extended(torch.nn.RNNBase):
         if ours:
             self._take(options(type(self).__name__, self._cell, self.proj_size > 0, ours))  # type: ignore[arg-type]
             self._add_parameters()
-
-    @property
-    def _cell(self) -> str:
-        return "rnn_" + self.nonlinearity if isinstance(self, torch.nn.RNN) else self.mode.lower()
 
     def _take(self, options: Options) -> None:
         if options != PLAIN:
@@ -202,7 +211,7 @@ class Extended(torch.nn.RNNBase):
                 torch.nn.init.constant_(getattr(self, name), 0.0 if "bias" in name else 1.0)
 
     def reset_parameters(self) -> None:
-        super().reset_parameters()
+        super().reset_parameters()  # type: ignore[misc]
         if self.options.layer_norm and "ln_ih_l0" in self._parameters:
             self._reset_norms()
 

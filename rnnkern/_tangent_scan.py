@@ -208,6 +208,17 @@ class TangentScan:
         """[N, T, B, k] times [N, k, m]."""
         return torch.bmm(v.flatten(1, 2), w).unflatten(1, v.shape[1:3])
 
+    def recurrent(self, h: Tensor, w: Tensor) -> Tensor:
+        """h W_hh^T of every step."""
+        return self.product(h, w.mT) if self.cell.dense else self.by_unit(h, w[:, None, None])
+
+    def d_recurrent(self, d: Tensor, w: Tensor) -> Tensor:
+        return self.product(d, w) if self.cell.dense else over_gates(self.by_gate(d * w[:, None, None]))
+
+    def by_unit(self, h: Tensor, w: Tensor) -> Tensor:
+        """A diagonal recurrence: [..., H] times [..., G*H]."""
+        return h.repeat(*(1,) * (h.dim() - 1), len(self.cell.gates)) * w
+
     def filled(self, tangents: Optionals, likes: Sequence[Tensor]) -> list[Tensor]:
         pairs = zip(tangents, likes, strict=True)
         return [torch.zeros_like(v, dtype=self.dtype) if t is None else t.to(self.dtype) for t, v in pairs]
@@ -220,14 +231,15 @@ class TangentScan:
         base, offset = self.pre_activations(direction)
         tw_hr = self.moving("w_hr", direction)
         wide = None if tw_hr is None or self.hidden is None else self.product(self.hidden, tw_hr.mT).unbind(1)
-        w_hh, w_hr = self.w_hh.mT.contiguous(), None if self.w_hr is None else self.w_hr.mT
+        dense, w_hr = self.cell.dense, None if self.w_hr is None else self.w_hr.mT
+        w_hh = self.w_hh.mT.contiguous() if dense else self.w_hh.unsqueeze(1)
         K, shape = len(states), (*start[0].shape[:2], len(self.cell.gates), -1)
         entered, written, products, hidden = [], [], [], []
         for t in range(self.inputs.T):
             if self.reset is not None:
                 states = [torch.where(self.reset[t], r, s) for r, s in zip(restart, states, strict=True)]
             entered.append(states)
-            gh = torch.baddbmm(base[t], states[0], w_hh)
+            gh = torch.baddbmm(base[t], states[0], w_hh) if dense else base[t] + self.by_unit(states[0], w_hh)
             products.append(gh)
             gates, new = gh.view(shape), []
             for k in range(K):
@@ -262,7 +274,7 @@ class TangentScan:
         base, offset = self.w_hh.new_zeros(1, 1, 1, 1).expand(N, T, 1, width), None
         w, b = self.moving("w_hh", direction), self.moving("b_hh", direction)
         if w is not None:
-            base = self.product(self.entering[0], w.mT)
+            base = self.recurrent(self.entering[0], w)
         if b is not None:
             base = base + b[:, None, None]
         if direction.gx is not None:
@@ -295,7 +307,7 @@ class TangentScan:
         )
         w, w_hr = self.moving("w_hh", direction), self.moving("w_hr", direction)
         if w is not None:
-            first = first + self.product(carried.gh, w)
+            first = first + self.d_recurrent(carried.gh, w)
         wide = None if w_hr is None or carried.h is None else self.product(carried.h, w_hr)
         own = torch.stack(gh, -2)
         return self.back(d, Own(torch.stack(gx, -2) if self.cell.split else own, own, (first, *rest), wide))
@@ -326,7 +338,11 @@ class TangentScan:
                 gh += own_gh[t]
             gh = gh.flatten(-2)
             products.append(gh)
-            carry = [torch.baddbmm(added[0][t], gh, self.w_hh), *(v[t] for v in added[1:])]
+            if self.cell.dense:
+                to_h = torch.baddbmm(added[0][t], gh, self.w_hh)
+            else:
+                to_h = added[0][t] + over_gates(self.by_gate(gh * self.w_hh.unsqueeze(1)))
+            carry = [to_h, *(v[t] for v in added[1:])]
             for k, row in enumerate(self.through):
                 for j, coefficient in enumerate(row):
                     if coefficient is not None:

@@ -8,10 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rnnkern._stack import Stack
+
 States = Tensor | tuple[Tensor, ...]
 
 
-def tbptt(module: torch.nn.RNNBase, x: Tensor, chunk: int, hx: States | None = None) -> Iterator[tuple[Tensor, States]]:
+def tbptt(
+    module: torch.nn.RNNBase | Stack, x: Tensor, chunk: int, hx: States | None = None
+) -> Iterator[tuple[Tensor, States]]:
     r"""Run a recurrent network over a long sequence chunk by chunk, for training by truncated back-propagation through
     time (Williams and Peng 1990).
 
@@ -21,7 +25,7 @@ def tbptt(module: torch.nn.RNNBase, x: Tensor, chunk: int, hx: States | None = N
     weights.
 
     Args:
-        module: an RNN, LSTM or GRU of rnnkern or torch.nn, in one direction: a reverse one begins at the end.
+        module: an RNN, LSTM or GRU of torch.nn, or any of rnnkern's, in one direction: a reverse one begins at the end.
         x: the sequence, `(L, N, H_in)`, `(N, L, H_in)` with the module's `batch_first`, or `(L, H_in)`.
         chunk: steps in a chunk; the last one may be shorter.
         hx: states before the first step, as the module takes them; zeros if not given.
@@ -30,7 +34,7 @@ def tbptt(module: torch.nn.RNNBase, x: Tensor, chunk: int, hx: States | None = N
         ``output, hx`` of every chunk, as the module returns them. Both may be part of the loss.
 
     Raises:
-        TypeError: a module that is no RNN, LSTM or GRU, or an `x` that is no tensor.
+        TypeError: a module of another kind, or an `x` that is no tensor.
         ValueError: a bidirectional module, or a chunk of no steps.
 
     Example::
@@ -40,8 +44,8 @@ def tbptt(module: torch.nn.RNNBase, x: Tensor, chunk: int, hx: States | None = N
         ...     loss_of(output, target[1000 * k : 1000 * (k + 1)]).backward()
         ...     optimizer.step()
     """
-    if not isinstance(module, torch.nn.RNNBase):
-        raise TypeError(f"tbptt: expected an RNN, LSTM or GRU, got {type(module).__name__}")
+    if not isinstance(module, (torch.nn.RNNBase, Stack)):
+        raise TypeError(f"tbptt: expected an RNN, LSTM, GRU or another of rnnkern's, got {type(module).__name__}")
     if not isinstance(x, Tensor):
         raise TypeError(f"tbptt: expected x to be a tensor, got {type(x).__name__}")
     if module.bidirectional:
@@ -51,7 +55,7 @@ def tbptt(module: torch.nn.RNNBase, x: Tensor, chunk: int, hx: States | None = N
     return _chunks(module, x, chunk, hx)
 
 
-def _chunks(module: torch.nn.RNNBase, x: Tensor, chunk: int, hx: Any) -> Iterator[tuple[Tensor, States]]:
+def _chunks(module: torch.nn.RNNBase | Stack, x: Tensor, chunk: int, hx: Any) -> Iterator[tuple[Tensor, States]]:
     for part in x.split(chunk, 1 if module.batch_first and x.dim() == 3 else 0):
         y, hx = module(part, hx)
         yield y, hx

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from rnnkern._ops import has_own_gradient
 from rnnkern._plan import Plan
-from rnnkern.backends.base import ScanGrads, ScanInputs
+from rnnkern.backends.base import ScanGrads, ScanInputs, accumulation_dtype
+from rnnkern.cells import CELLS
 
 
 def layer_gradients(
@@ -171,6 +172,10 @@ def _d_input(dgx: Tensor, w_ih: Sequence[Tensor], models: int, in_place: bool) -
 
 
 def _d_recurrent(dprod: Tensor, entering: Entering, n: int, samples: int) -> Tensor:
+    if not CELLS[entering.inputs.spec.cell].dense:  # what each unit saw of h: its own
+        h = entering(n)
+        wide = accumulation_dtype(h.dtype)
+        return _total(dprod.to(wide) * h.to(wide).repeat(1, dprod.shape[-1] // h.shape[-1]), samples).to(h.dtype)
     if samples or not entering.bare:
         return _outer(dprod, entering(n), samples)
     # Dense and unmasked: the rows of y, shifted, are h_entering; joining them to h0 would copy all of y.

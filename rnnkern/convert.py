@@ -12,7 +12,8 @@ import torch
 from torch.nn.utils import parametrize
 
 from rnnkern import nn
-from rnnkern._options import PLAIN
+from rnnkern._options import PLAIN, Extended
+from rnnkern._stack import Stack
 
 log = logging.getLogger("rnnkern")
 
@@ -130,7 +131,9 @@ def _swap(module: torch.nn.Module, old: type, new: type) -> bool:
 
 def _beyond_torch(module: torch.nn.Module) -> str | None:
     """What in one of our modules torch.nn lacks; None if nothing, or if the module is not ours."""
-    if isinstance(module, (nn.RNN, nn.LSTM, nn.GRU)):
+    if isinstance(module, Stack):
+        return f"torch.nn has no {type(module).__name__}"
+    if isinstance(module, Extended):
         memory = "" if module.memory == "save" else f", memory={module.memory!r}"
         if memory or module.options != PLAIN:
             return (memory + str(module.options)).removeprefix(", ")

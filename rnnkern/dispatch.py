@@ -20,6 +20,7 @@ from rnnkern.backends.base import Backend, ScanInputs
 
 ORDER = ("triton", "cpp", "numba", "reference")
 NAMES = (*ORDER, "torch")
+TORCHS = frozenset(("rnn_tanh", "rnn_relu", "lstm", "gru"))  # cells that torch has kernels of
 DTYPES = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))  # those of the scan backends
 FEW_STEPS = 2  # up to so many with a gradient to come, torch's operations cost less than a custom function
 
@@ -198,6 +199,11 @@ def wants_torch(
     which repacks its weights at every call).
     """
     name = _choice.requested
+    if cell.removesuffix("_cell") not in TORCHS:
+        may_torch(f"torch has no {cell}")
+        if torch._C._get_tracing_state() is not None:  # it would hold the sizes of its example, and not say so
+            raise RuntimeError(f"torch.jit.trace cannot follow {cell}, which torch does not have; torch.export can")
+        return False
     if name is not None:
         return name == "torch"
     if dtype not in DTYPES or torch._C._get_tracing_state() is not None:
@@ -276,7 +282,13 @@ def _objections(name: str, inputs: ScanInputs) -> list[str]:
     if name == "triton" and kind != "cuda":
         return [f"device {kind}: only cuda (its interpreter runs on cpu where it is asked for by name)"]
     reason = _load(name)
-    return [reason] if reason else backend(name).unsupported(inputs)
+    found = [reason] if reason else backend(name).unsupported(inputs)
+    if name == "triton" and not found and inputs.spec.cell not in TORCHS and not _watched():
+        from rnnkern.backends.triton.trial import trusted  # of the others, wants_torch has asked
+
+        if not trusted(inputs.gx.device, inputs.spec.cell, inputs.gx.dtype, inputs.spec.precision):
+            found = [f"its {inputs.spec.cell} failed a trial on {inputs.gx.device}, or could have none"]
+    return found
 
 
 def explain(inputs: ScanInputs) -> dict[str, list[str]]:

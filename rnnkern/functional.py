@@ -7,7 +7,7 @@ packed and padded input, reset masks, layers times directions and the dropout be
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Unpack
 
 import torch
@@ -22,9 +22,13 @@ from rnnkern.autograd import Group, layer
 from rnnkern.backends.base import accumulation_dtype
 from rnnkern.cells import CELLS
 
-TITLES = {"rnn_tanh": "RNN", "rnn_relu": "RNN", "lstm": "LSTM", "gru": "GRU"}
+TITLES = {
+    "rnn_tanh": "RNN", "rnn_relu": "RNN", "lstm": "LSTM", "gru": "GRU",
+    "mgu": "MGU", "indrnn_tanh": "IndRNN", "indrnn_relu": "IndRNN", "ligru": "LiGRU",
+}  # fmt: skip
 
 Lengths = Tensor | Sequence[int]
+Projection = Callable[[int, Tensor, Sequence[Group], Tensor | None], tuple[Tensor, Sequence[Group]]]
 
 
 def rnn_tanh(
@@ -187,6 +191,71 @@ def lstm(
     return (y, final, states) if return_states else (y, final)
 
 
+class Arguments(Keywords, total=False):
+    """What every function here takes beside `input`, `hx` and `params`."""
+
+    bias: bool
+    num_layers: int
+    dropout: float
+    training: bool
+    bidirectional: bool
+    batch_first: bool
+    batch_sizes: Tensor | None
+    lengths: Lengths | None
+    reset: Tensor | None
+    reset_state: Any
+    return_states: bool
+    memory: str
+
+
+def mgu(input: Tensor, hx: Tensor | None, params: Sequence[Tensor], **arguments: Unpack[Arguments]) -> tuple[Any, ...]:
+    r"""Minimal gated unit, its gate after the product; equations: :class:`rnnkern.MGU`.
+
+    Arguments, results and errors are those of :func:`lstm`, with one state: `hx`, `reset_state` and the second result
+    are tensors, and the third result holds one tensor per layer.
+    """
+    return _one_state("mgu", input=input, params=params, **_all(hx, arguments))
+
+
+def indrnn_relu(
+    input: Tensor, hx: Tensor | None, params: Sequence[Tensor], **arguments: Unpack[Arguments]
+) -> tuple[Any, ...]:
+    r"""Independently recurrent network, :math:`h_t = \max(0, W_{ih} x_t + b_{ih} + u \odot h_{t-1} + b_{hh})`.
+
+    Arguments, results and errors are those of :func:`mgu`; in the place of ``w_hh``, `params` has u, a vector.
+    """
+    return _one_state("indrnn_relu", input=input, params=params, **_all(hx, arguments))
+
+
+def indrnn_tanh(
+    input: Tensor, hx: Tensor | None, params: Sequence[Tensor], **arguments: Unpack[Arguments]
+) -> tuple[Any, ...]:
+    r"""Independently recurrent network, :math:`h_t = \tanh(W_{ih} x_t + b_{ih} + u \odot h_{t-1} + b_{hh})`.
+
+    Arguments, results and errors are those of :func:`mgu`; in the place of ``w_hh``, `params` has u, a vector.
+    """
+    return _one_state("indrnn_tanh", input=input, params=params, **_all(hx, arguments))
+
+
+def ligru(
+    input: Tensor, hx: Tensor | None, params: Sequence[Tensor], **arguments: Unpack[Arguments]
+) -> tuple[Any, ...]:
+    r"""Light gated recurrent unit without batch normalisation; equations: :class:`rnnkern.LiGRU`.
+
+    Arguments, results and errors are those of :func:`mgu`.
+    """
+    return _one_state("ligru", input=input, params=params, **_all(hx, arguments))
+
+
+def _all(hx: Any, given: Arguments) -> dict[str, Any]:
+    """With the defaults of what is not given; what is no argument is an option."""
+    defaults = dict(bias=True, num_layers=1, dropout=0.0, training=False, bidirectional=False, batch_first=False)
+    beyond = dict(batch_sizes=None, lengths=None, reset=None, reset_state=None, return_states=False, memory="save")
+    arguments = {"hx": hx} | defaults | beyond
+    options = {name: value for name, value in given.items() if name not in arguments}
+    return arguments | {name: value for name, value in given.items() if name in arguments} | {"options": options}
+
+
 def _one_state(
     cell: str, hx: Tensor | None, reset_state: Tensor | None, options: Keywords, **arguments: Any
 ) -> tuple[Any, ...]:
@@ -218,12 +287,13 @@ def run(
     return_states: bool = False,
     memory: str = "save",
     options: Options = PLAIN,
+    project: Projection | None = None,
 ) -> tuple[Tensor, States, tuple[States, ...]]:
     """What the modules and the functions above share: (output, final states, states of every layer or nothing)."""
     if batch_sizes is not None and torch.compiler.is_compiling():
         return _outside_of_graphs(
             cell, input, hx, params, bias, num_layers, dropout, training, bidirectional, batch_first, batch_sizes,
-            lengths, reset, reset_state, return_states, memory, options,
+            lengths, reset, reset_state, return_states, memory, options, project,
         )  # fmt: skip
     two = cell == "lstm"
     packed = batch_sizes is not None
@@ -241,9 +311,9 @@ def run(
             hx = hx and tuple(h.unsqueeze(1) for h in hx)
             reset = None if reset is None else reset.unsqueeze(-1)
             reset_state = reset_state and tuple(h.unsqueeze(1) for h in reset_state)
-    gates = len(CELLS[cell].gates)
+    spec = CELLS[cell]
     extra = options.extra(cell) if options is not PLAIN else ()
-    I, H, P, per = _checks.weights(params, gates, bias, num_layers, D, two, extra)
+    I, H, P, per = _checks.weights(params, len(spec.gates), bias, num_layers, D, two, extra, spec.dense)
     proj = per - len(extra) > 2 + 2 * bias
     _checks.input_like_weight(input, params[0], packed)
     if batch_sizes is not None:
@@ -314,7 +384,7 @@ def run(
         x, hx, reset, reset_state = packing.put(x, hx, reset, reset_state)
     arguments = (
         cell, x, hx, params, per, bias, num_layers, dropout if training else 0.0, D, steps, sizes,
-        offsets, lengths, reset, reset_state, return_states, backend, memory, training, options,
+        offsets, lengths, reset, reset_state, return_states, backend, memory, training, options, project,
     )  # fmt: skip
     if low is not None:
         with torch.autocast(input.device.type, enabled=False):
@@ -366,8 +436,13 @@ def stack(
     memory: str = "save",
     training: bool = False,
     options: Options = PLAIN,
+    project: Projection | None = None,
 ) -> tuple[Tensor, States, tuple[States, ...]]:
-    """Layers times directions over rows `x` [S, I]; c is in the accumulation dtype in `final`, in x's in the states."""
+    """Layers times directions over rows `x` [S, I]; c is in the accumulation dtype in `final`, in x's in the states.
+
+    `project` makes pre-activations [S, D, G*H] in its own way, from the number of the layer, its rows, its groups and
+    which rows exist (None: all), and gives groups without a projection.
+    """
     B = sizes[0][1]
     acc = accumulation_dtype(x.dtype)
     if hx is None:
@@ -383,6 +458,9 @@ def stack(
     proj = per - len(extra) > 2 + 2 * bias
     names = ("w_hh", "b_hh", "w_hr") if bias and proj else ("w_hh", "b_hh") if bias else ("w_hh", "w_hr")[: 1 + proj]
     scan: dict[str, Any] = {}
+    exist = None
+    if project is not None and lengths is not None and offsets is None:
+        exist = (torch.arange(T, device=x.device).unsqueeze(1) < lengths).flatten()
     if options is not PLAIN:
         names += tuple(name for name in extra if name != "ln_ih")
         if options.layer_norm and lengths is not None and offsets is None:
@@ -404,6 +482,8 @@ def stack(
             scan = _regularised.scan_options(options, cell, training, x.shape[0], B, D, [s[2] for s in sizes], x)
             if options.layer_norm:
                 rows, groups = _regularised.normalised(cell, x, groups, len(names) - len(extra) + 1)
+        if project is not None:
+            rows, groups = project(k, x, groups, exist)
         y, final, seq = layer(
             cell, rows, entering, groups, reverse, T, B, param_names=names, offsets=offsets,
             lengths=lengths, reset=reset, reset_states=segment, keep_states=keep, backend=backend, memory=memory,

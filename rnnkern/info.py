@@ -30,7 +30,7 @@ def plain_call(
     number = torch.empty((), dtype=dtype, device=device)
     gx = number.expand(T * B, 1, gates * H)
     states = tuple(number.new_empty(1, B, H) for _ in spec.states)
-    params = ((number.new_empty(gates * H, H), number.new_empty(gates * H)),)
+    params = ((number.new_empty(spec.recurrent_shape(H, H)), number.new_empty(gates * H)),)
     return ScanInputs(ScanSpec(cell, (False,), ("w_hh", "b_hh")), T, B, gx, states, params)
 
 
@@ -58,9 +58,23 @@ def chosen(inputs: ScanInputs) -> tuple[str, str]:
 
 def on_a_gpu(inputs: ScanInputs, gradient: bool, device: _cuda.Device) -> _cuda.Verdict:
     """What automatic choice takes there for the plain call of these inputs, and why."""
+    if inputs.spec.cell not in dispatch.TORCHS:
+        return _without_torch(inputs.spec.cell)
     H, tf32 = inputs.states[0].size(2), dispatch.allows_tf32()
     call = _cuda.Call(inputs.spec.cell, inputs.T, inputs.B, H, inputs.gx.dtype, gradient=gradient, tf32=tf32)
     return _cuda.verdict(call, device)
+
+
+def _without_torch(cell: str) -> _cuda.Verdict:
+    """The same of a cell that torch does not have."""
+    if missing := dispatch.unavailable("triton"):
+        return _cuda.Verdict("reference", f"torch has no {cell}, and triton is not there ({missing})")
+    from rnnkern.backends.triton.cells import STEPS
+
+    words = (
+        ("triton", f"torch has no {cell}") if cell in STEPS else ("reference", f"neither torch nor triton has {cell}")
+    )
+    return _cuda.Verdict(*words)
 
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

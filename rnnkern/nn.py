@@ -76,6 +76,10 @@ class RNN(Extended, torch.nn.RNN):
 
     __prepare_scriptable__ = _not_scriptable
 
+    @property
+    def _cell(self) -> str:  # type: ignore[override]
+        return "rnn_relu" if self.mode == "RNN_RELU" else "rnn_tanh"
+
     def forward(  # type: ignore[override]
         self,
         input: Tensor | PackedSequence,
@@ -86,8 +90,7 @@ class RNN(Extended, torch.nn.RNN):
         reset_state: Tensor | None = None,
         return_states: bool = False,
     ) -> tuple[Any, ...]:
-        cell = "rnn_relu" if self.mode == "RNN_RELU" else "rnn_tanh"
-        return _one_state(self, cell, input, hx, lengths, reset, reset_state, return_states)
+        return one_state(self, self._cell, input, hx, lengths, reset, reset_state, return_states)
 
 
 class LSTM(Extended, torch.nn.LSTM):
@@ -198,6 +201,7 @@ class LSTM(Extended, torch.nn.LSTM):
     """
 
     __prepare_scriptable__ = _not_scriptable
+    _cell = "lstm"
 
     def forward(  # type: ignore[override]
         self,
@@ -268,6 +272,7 @@ class GRU(Extended, torch.nn.GRU):
     """
 
     __prepare_scriptable__ = _not_scriptable
+    _cell = "gru"
 
     def forward(  # type: ignore[override]
         self,
@@ -279,7 +284,7 @@ class GRU(Extended, torch.nn.GRU):
         reset_state: Tensor | None = None,
         return_states: bool = False,
     ) -> tuple[Any, ...]:
-        return _one_state(self, "gru", input, hx, lengths, reset, reset_state, return_states)
+        return one_state(self, "gru", input, hx, lengths, reset, reset_state, return_states)
 
 
 class RNNCell(torch.nn.RNNCell):
@@ -448,8 +453,8 @@ def _weight(module: torch.nn.Module, name: str) -> Any:
     return getattr(module, name) if found is None else found
 
 
-def _one_state(
-    module: RNN | GRU,
+def one_state(
+    module: Extended,
     cell: str,
     input: Tensor | PackedSequence,
     hx: Tensor | None,
@@ -469,7 +474,7 @@ def _one_state(
 
 
 def _sequence(
-    module: RNN | LSTM | GRU,
+    module: Extended,
     cell: str,
     input: Tensor | PackedSequence,
     hx: tuple[Tensor, ...] | None,
@@ -488,12 +493,12 @@ def _sequence(
         hx = hx and _layouts.in_order(module, hx, order, batch, "hidden")
         if reset_state is not None and reset_state[0].dim() == 3 and reset_state[0].size(1) != 1:
             reset_state = _layouts.in_order(module, reset_state, order, batch, "reset_state")
-    if weights[0].is_cuda:
+    if weights[0].is_cuda and isinstance(module, torch.nn.RNNBase):
         module._update_flat_weights()  # cuDNN wants the weights in one piece; replaced ones are laid out again
     y, final, states = functional.run(
         cell, data, hx, weights, module.bias, module.num_layers, module.dropout, module.training,
         module.bidirectional, module.batch_first, sizes, lengths, reset, reset_state, return_states,
-        module.memory, module.options,
+        module.memory, module.options, module._project,
     )  # fmt: skip
     if sizes is None:
         return (y, final, states) if return_states else (y, final)

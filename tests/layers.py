@@ -176,7 +176,7 @@ def random_call(
         return (torch.randn(*size, dtype=D) * 0.6).to(dtype).requires_grad_()
 
     names = ("w_hh", "b_hh", *(("w_hr",) if P else ()), *extra)
-    sizes = {"w_hh": (G * H, width), "b_hh": (G * H,), "w_hr": (width, H), "ln_hh": (G * H,)}
+    sizes = {"w_hh": spec.recurrent_shape(H, width), "b_hh": (G * H,), "w_hr": (width, H), "ln_hh": (G * H,)}
     groups = tuple(
         Group(draw(G * H, I), draw(G * H), tuple(draw(*sizes.get(name, (H,))) for name in names)) for _ in reverse
     )

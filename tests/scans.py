@@ -6,8 +6,9 @@ Truth is the reference in fp64 on the same values, the yardstick the reference i
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,10 +50,10 @@ class Case:
         return "-".join([*parts, f"reset_{self.reset}" if self.reset else "keep"])
 
 
-def drawn(count: int, axes: dict[str, list]) -> list[Case]:
+def drawn(count: int, axes: dict[str, list], cells: Iterable[str] = CELLS) -> list[Case]:
     """For each cell and dtype `count` cases in which every value of every axis occurs, in ever different company."""
     cases = []
-    for cell in CELLS:
+    for cell in cells:
         for dtype in DTYPES:
             rng = random.Random(f"{cell} {dtype}")
             columns = {}
@@ -105,7 +106,7 @@ def inputs_of(case: Case) -> ScanInputs:
         S = sum(alive)
     params = []
     for _ in range(N):
-        group = [normal(G * H, P) / P**0.5]
+        group = [normal(*cell.recurrent_shape(H, P)) / P**0.5]
         if case.bias:
             group.append(normal(G * H))
         if case.project:
@@ -187,15 +188,19 @@ def run(backend: Backend, inputs: ScanInputs, grads: tuple, saved: ScanOutputs |
     return [outputs, backend.backward(dataclasses.replace(inputs, gx=shape_only), kept, *grads)]
 
 
+def jumps(cell: str) -> bool:
+    """Whether a derivative of the cell jumps, as relu's does."""
+    return "relu" in inspect.getsource(CELLS[cell].step)
+
+
 def references(inputs: ScanInputs, grads: tuple) -> tuple[Results, Results, ScanOutputs | None]:
     """Yardstick, truth, and what a backward to be held against them must be given.
 
-    The derivatives of relu and of a clip jump: where rounding moves a unit past the place, no bound holds. There all go
-    back from the yardstick's forward, elsewhere each from its own.
+    A derivative may jump: where rounding moves a unit past the place, no bound holds. There all go back from the
+    yardstick's forward, elsewhere each from its own.
     """
-    yardstick = run(REFERENCE, inputs, grads)
-    jumps = inputs.spec.cell == "rnn_relu" or inputs.spec.cell_clip or inputs.spec.proj_clip
-    saved = yardstick[0] if jumps else None
+    yardstick, spec = run(REFERENCE, inputs, grads), inputs.spec
+    saved = yardstick[0] if jumps(spec.cell) or spec.cell_clip or spec.proj_clip else None
     assert saved is None or isinstance(saved, ScanOutputs)
     return yardstick, run(REFERENCE, wide(inputs), wide(grads), wide(saved)), saved
 
@@ -266,7 +271,8 @@ def check_nan_and_inf(backend: Backend, case: Case, lengths: list[int], where: s
     elif where in ("h", "rest"):
         inputs.states[where == "rest"][0, case.B // 2, 2] = bad
     elif where == "w_hh":
-        inputs.params[0][0][1, 2] = bad
+        w_hh = inputs.params[0][0]
+        w_hh[(1, 2)[-w_hh.dim() :]] = bad
     else:
         dy[row, 0] = bad  # all of it: a unit of relu that is off passes nothing on
     grads = (dy, dfinal, dseq)

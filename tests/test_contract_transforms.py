@@ -58,7 +58,7 @@ def test_second_derivative_of_a_clipped_gradient(cell):
 
     The loss is linear, because through a dy that depends on y the second derivative would be clipped as well.
     """
-    call = replace(small(cell), options={"grad_clip": 0.05})
+    call = replace(random_call(cell, T=3, B=2, I=2, H=3), options={"grad_clip": 0.05})
 
     def first(x):
         outputs = replace(call, x=x).run()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from layers import Call, D, everything, gradients, random_call
-from scans import REFERENCE, Case, drawn, existing, gradients_of, inputs_of, wide
+from scans import REFERENCE, Case, drawn, existing, gradients_of, inputs_of, jumps, wide
 from stacks import KINDS, example, flat
 from tolerance import check, check_grad
 from torch import Tensor
@@ -38,7 +38,7 @@ AXES: dict[str, list] = {
 }
 # relu's derivative jumps: where rounding moves a unit past 0, no bound holds. Of 16 bits a layer's test is below: few
 # saturated units are no fair sample, for the reference moves them by activations that were not rounded.
-CASES = [c for c in drawn(12, AXES) if c.dtype == D or (c.dtype == torch.float32 and c.cell != "rnn_relu")]
+CASES = [c for c in drawn(12, AXES) if c.dtype == D or (c.dtype == torch.float32 and not jumps(c.cell))]
 
 
 @contextlib.contextmanager
@@ -206,7 +206,7 @@ def test_padding_reaches_no_second_derivative(cell):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("cell", [cell for cell in CELLS if cell != "rnn_relu"])  # there no bound holds, as above
+@pytest.mark.parametrize("cell", [cell for cell in CELLS if not jumps(cell)])  # there no bound holds, as above
 def test_low_precision(cell, dtype, backend, monkeypatch):
     """Second derivatives on every backend's own activations; the yardstick is the reference differentiated."""
     exact = random_call(cell, T=6, B=5, I=8, H=17)
@@ -237,7 +237,7 @@ def test_nan_goes_where_the_reference_sends_it(cell, where):
         outputs = call.run() if run == "ours" else call.written_out()
         (first,) = torch.autograd.grad(outputs[0].pow(2).sum(), call.x, create_graph=True)
         found.append(torch.autograd.grad(first, [call.x, *call.groups[0].params], v))
-    if cell == "rnn_relu" and where == "v":  # there it goes further: zero times NaN at a unit that is off
+    if jumps(cell) and where == "v":  # there it goes further: zero times NaN at a unit that is off
         found[0] = [torch.where(b.isfinite(), b, a) for a, b in zip(*found, strict=True)]
     check(*found, found[1], f"{cell} {where}")
 

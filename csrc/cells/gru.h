@@ -3,7 +3,7 @@
 
 struct Gru {
   static constexpr int kGates = 3, kStates = 1, kPlanes = 4;
-  static constexpr bool kSplit = true, kReadsH = true;
+  static constexpr bool kSplit = true, kReadsH = true, kDiagonal = false;
   static constexpr int kNorm[] = {2, 1};  // gates normalised together
 
   template <class V, class O>

@@ -4,7 +4,7 @@
 
 struct Lstm {
   static constexpr int kGates = 4, kStates = 2, kPlanes = 4;
-  static constexpr bool kSplit = false, kReadsH = false;
+  static constexpr bool kSplit = false, kReadsH = false, kDiagonal = false;
   static constexpr int kNorm[] = {4};  // gates normalised together
 
   template <class V, class O>

@@ -4,7 +4,7 @@
 template <bool kRelu>
 struct Rnn {
   static constexpr int kGates = 1, kStates = 1, kPlanes = 1;
-  static constexpr bool kSplit = false, kReadsH = false;
+  static constexpr bool kSplit = false, kReadsH = false, kDiagonal = false;
   static constexpr int kNorm[] = {1};  // gates normalised together
 
   template <class V, class O>

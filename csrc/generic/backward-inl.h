@@ -22,10 +22,10 @@ class BackwardScan {
     zones_h_ = f.options && f.options->zones(0);
     blocks_ = ceil_div(f.H, n);
     out_blocks_ = ceil_div(f.P, n);
-    split_ = Split::choose(f, max_threads, blocks_, G * f.H * f.P, G * f.H * f.P * int64_t(sizeof(W)) / M::kPair, 0,
-                           kFairRows);
+    int64_t products = G * f.H * (Cell::kDiagonal ? 1 : f.P);
+    split_ = Split::choose(f, max_threads, blocks_, products, products * int64_t(sizeof(W)) / M::kPair, 0, kFairRows);
     rows_.deal(split_.rows);
-    pack_ = f.T >= 4 && f.S >= 16;
+    pack_ = !Cell::kDiagonal && f.T >= 4 && f.S >= 16;
     c_stride_ = blocks_ * n;
     h_stride_ = out_blocks_ * n;
     d_stride_ = ceil_div(f.P, M::kStep) * M::kStep;
@@ -217,6 +217,18 @@ class BackwardScan {
       }
   }
 
+  // The same where each unit saw its own entry of h alone.
+  void diagonal(int64_t rows, int units, const A* const* a, const ST* w, int64_t block, CT* out) const {
+    for (int64_t i = 0; i < rows; i++)
+      for (int u = 0; u < units; u++) {
+        int64_t j = (block + u) * n;
+        int valid = int(f_.H - j < n ? f_.H - j : n);
+        V sum{};
+        for (int k = 0; k < G; k++) sum += load(a[i] + k * f_.H + j, valid) * load(w + k * f_.H + j, valid);
+        store(out + (i * units + u) * n, sum);
+      }
+  }
+
   // Where the states that entered a step lie; null: zero.
   struct Entering {
     const ST* h;
@@ -352,8 +364,11 @@ class BackwardScan {
       int64_t b = walk[p];
       int units = walk.units(p);
       prefetch(job, ahead, share(coming, walk.count(), p));
-      back_product(count, units, job.a_rows, pack_ ? hh + b * n * hh_steps_ : nullptr,
-                   hh + walk.next(p) * n * hh_steps_, hh_steps_, (const ST*)job.w.w_hh, f_.P, G * f_.H, b, job.sums);
+      if constexpr (Cell::kDiagonal)
+        diagonal(count, units, job.a_rows, (const ST*)job.w.w_hh, b, job.sums);
+      else
+        back_product(count, units, job.a_rows, pack_ ? hh + b * n * hh_steps_ : nullptr,
+                     hh + walk.next(p) * n * hh_steps_, hh_steps_, (const ST*)job.w.w_hh, f_.P, G * f_.H, b, job.sums);
       for (int64_t i = 0; i < count; i++) {
         bool fresh = rows_.resets(rows_.at(t, job.rows[i]), job.g);
         for (int u = 0; u < units; u++)

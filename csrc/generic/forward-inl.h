@@ -21,10 +21,11 @@ class ForwardScan {
     projected_ = f.weights[0].w_hr != nullptr;
     blocks_ = ceil_div(f.H, n);
     out_blocks_ = ceil_div(f.P, n);
-    split_ = Split::choose(f, max_threads, blocks_, G * f.H * f.P, G * f.H * f.P * int64_t(sizeof(W)) / M::kPair,
+    int64_t products = G * f.H * (Cell::kDiagonal ? 1 : f.P);
+    split_ = Split::choose(f, max_threads, blocks_, products, products * int64_t(sizeof(W)) / M::kPair,
                            f.gx ? 0 : G * f.H * f.I, kFairRows);
     rows_.deal(split_.rows);
-    pack_hh_ = f.S >= 16 && (f.T >= 4 || f.B >= 16);
+    pack_hh_ = !Cell::kDiagonal && f.S >= 16 && (f.T >= 4 || f.B >= 16);
     pack_ih_ = !f.gx && f.S >= 24;
     h_stride_ = ceil_div(f.P, M::kStep) * M::kStep;
     m_stride_ = ceil_div(f.H, M::kStep) * M::kStep;
@@ -224,6 +225,28 @@ class ForwardScan {
       }
   }
 
+  // The same where each unit sees its own entry of the left row alone.
+  void diagonal(int64_t rows, int units, const A* const* a, const ST* weight, int64_t block, const CT* bias, CT* to) {
+    for (int u = 0; u < units; u++)
+      for (int k = 0; k < G; k++) {
+        int64_t j = (block + u) * n;
+        V w = load(weight + k * f_.H + j, int(f_.H - j < n ? f_.H - j : n)),
+          start = bias ? load(bias + (u * G + k) * n) : V{};
+        for (int64_t i = 0; i < rows; i++) store(to + ((i * units + u) * G + k) * n, start + w * load(a[i] + j));
+      }
+  }
+
+  // The left sides of a step times the recurrent weights of one panel; bias null: zero.
+  RK_INLINE void recur(const Job& job, int64_t count, const Walk& walk, int64_t p, const CT* bias) {
+    int64_t b = walk[p], at = gate(job.g, b), then = gate(job.g, walk.next(p));
+    const ST* w_hh = (const ST*)job.w.w_hh;
+    if constexpr (Cell::kDiagonal)
+      diagonal(count, walk.units(p), job.a_rows, w_hh, b, bias, job.sums);
+    else
+      product(count, walk.units(p), job.a_rows, pack_hh_ ? hh_ + at * hh_steps_ : nullptr, hh_ + then * hh_steps_,
+              hh_steps_, w_hh, f_.P, b, bias, job.sums);
+  }
+
   // What step t will write of this thread's columns, for some of its rows.
   void prefetch(const Job& job, int64_t t, Range some) const {
     Range own = job.own.columns(n, f_.H);
@@ -244,12 +267,11 @@ class ForwardScan {
     int64_t ahead = job.w.reverse ? t - 1 : t + 1;
     int64_t coming = f_.planes && ahead >= 0 && ahead < f_.T ? rows_.alive(ahead, job.rows) : 0;
     for (int64_t p = 0; p < walk.count(); p++) {
-      int64_t b = walk[p], at = gate(job.g, b), then = gate(job.g, walk.next(p));
+      int64_t b = walk[p], at = gate(job.g, b);
       int units = walk.units(p);
       const CT* gx = gx_of(job, b, units, base, 0);
       prefetch(job, ahead, share(coming, walk.count(), p));
-      product(count, units, job.a_rows, pack_hh_ ? hh_ + at * hh_steps_ : nullptr, hh_ + then * hh_steps_, hh_steps_,
-              (const ST*)job.w.w_hh, f_.P, b, drops_ ? nullptr : bias_hh_ + at, job.sums);
+      recur(job, count, walk, p, drops_ ? nullptr : bias_hh_ + at);
       if (__builtin_expect(drops_, 0)) scale_product(job.sums, count, units * G, bias_hh_ + at);
       for (int64_t i = 0; i < count; i++) {
         const CT *gx_row = gx ? gx + i * units * G * n : nullptr, *gh = job.sums + i * units * G * n;

@@ -11,8 +11,11 @@
 #include "product-inl.h"
 #include "plan-inl.h"
 #include "../cells/rnn.h"
+#include "../cells/indrnn.h"
 #include "../cells/lstm.h"
 #include "../cells/gru.h"
+#include "../cells/mgu.h"
+#include "../cells/ligru.h"
 #include "forward-inl.h"
 #include "backward-inl.h"
 #include "begin-inl.h"
@@ -44,6 +47,14 @@ static void run_cell(const Call& call) {
       return Driver<Lstm, M>::run(call);
     case Cell::gru:
       return Driver<Gru, M>::run(call);
+    case Cell::mgu:
+      return Driver<Mgu, M>::run(call);
+    case Cell::indrnn_tanh:
+      return Driver<IndRnn<false>, M>::run(call);
+    case Cell::indrnn_relu:
+      return Driver<IndRnn<true>, M>::run(call);
+    case Cell::ligru:
+      return Driver<LiGru, M>::run(call);
   }
 }
 
@@ -75,6 +86,8 @@ static Stepper* stepper_of(const StreamShape& shape) {
       return new Stream<Lstm, M>(shape);
     case Cell::gru:
       return new Stream<Gru, M>(shape);
+    default:
+      break;  // Python refuses the others
   }
   return nullptr;
 }

@@ -9,10 +9,9 @@ void ForwardScan<Cell, M>::advance_rows(const Job& job, int64_t t, int64_t count
   CT scale = CT(o.h.scale * o.h_step.scale);
   Walk walk{job.own, kUnits};
   for (int64_t p = 0; p < walk.count(); p++) {
-    int64_t b = walk[p], at = gate(job.g, b), then = gate(job.g, walk.next(p));
+    int64_t b = walk[p];
     int units = walk.units(p);
-    product(count, units, job.a_rows, pack_hh_ ? hh_ + at * hh_steps_ : nullptr, hh_ + then * hh_steps_, hh_steps_,
-            (const ST*)job.w.w_hh, f_.P, b, nullptr, job.sums);
+    recur(job, count, walk, p, nullptr);
     for (int64_t i = 0; i < count; i++)
       for (int u = 0; u < units; u++) {
         int64_t j = (b + u) * n;

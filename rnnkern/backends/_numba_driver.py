@@ -17,38 +17,63 @@ from numba import njit
 from rnnkern.backends._numba_cache import cached
 from rnnkern.cells.gru.numba_step import step as gru_step
 from rnnkern.cells.gru.numba_step import step_backward as gru_step_backward
+from rnnkern.cells.ligru.numba_step import step as ligru_step
+from rnnkern.cells.ligru.numba_step import step_backward as ligru_step_backward
 from rnnkern.cells.lstm.numba_step import step as lstm_step
 from rnnkern.cells.lstm.numba_step import step_backward as lstm_step_backward
+from rnnkern.cells.mgu.numba_step import step as mgu_step
+from rnnkern.cells.mgu.numba_step import step_backward as mgu_step_backward
 from rnnkern.cells.numba_math import EXACT, FAST
 from rnnkern.cells.rnn.numba_step import relu_step, relu_step_backward, tanh_step, tanh_step_backward
 
-CELL_IDS = {"rnn_tanh": 0, "rnn_relu": 1, "lstm": 2, "gru": 3}
+CELL_IDS = {"rnn_tanh": 0, "rnn_relu": 1, "lstm": 2, "gru": 3, "mgu": 4, "indrnn_tanh": 5, "indrnn_relu": 6, "ligru": 7}
+_DIAGONAL = (5, 6)
 ROUND_BF16, ROUND_FP16 = 1, 2
 _BLOCK = 512  # columns of a product done at a time: four rows of them stay in the first-level cache
 
 
 @njit(**FAST)
 def _step(cell, gx, gh, h, rest, m, planes):  # type: ignore[no-untyped-def]
-    if cell == 0:
+    if cell == 0 or cell == 5:
         tanh_step(gx, gh, h, rest, m, planes)
-    elif cell == 1:
+    elif cell == 1 or cell == 6:
         relu_step(gx, gh, h, rest, m, planes)
     elif cell == 2:
         lstm_step(gx, gh, h, rest, m, planes)
-    else:
+    elif cell == 3:
         gru_step(gx, gh, h, rest, m, planes)
+    elif cell == 4:
+        mgu_step(gx, gh, h, rest, m, planes)
+    else:
+        ligru_step(gx, gh, h, rest, m, planes)
 
 
 @njit(**FAST)
 def _step_backward(cell, dm, drest, planes, h, rest, dgx, dgh, dh):  # type: ignore[no-untyped-def]
-    if cell == 0:
+    if cell == 0 or cell == 5:
         tanh_step_backward(dm, drest, planes, h, rest, dgx, dgh, dh)
-    elif cell == 1:
+    elif cell == 1 or cell == 6:
         relu_step_backward(dm, drest, planes, h, rest, dgx, dgh, dh)
     elif cell == 2:
         lstm_step_backward(dm, drest, planes, h, rest, dgx, dgh, dh)
-    else:
+    elif cell == 3:
         gru_step_backward(dm, drest, planes, h, rest, dgx, dgh, dh)
+    elif cell == 4:
+        mgu_step_backward(dm, drest, planes, h, rest, dgx, dgh, dh)
+    else:
+        ligru_step_backward(dm, drest, planes, h, rest, dgx, dgh, dh)
+
+
+@njit(**FAST)
+def _add_recurrent(cell, a, w, out, count):  # type: ignore[no-untyped-def]
+    """out[:count] += a[:count] @ w; a diagonal w is given as its one row."""
+    if cell not in _DIAGONAL:
+        _add_product(a, w, out, count)
+    else:
+        for i in range(count):
+            left, row, to = a[i], w[0], out[i]
+            for j in range(row.shape[0]):
+                to[j] += left[j] * row[j]
 
 
 @njit(**FAST)
@@ -195,7 +220,7 @@ def forward(  # type: ignore[no-untyped-def]
                 enter(t, n, alive, offsets, order, reset, reset_h, reset_rest, h, rest)
             for i in range(count):
                 _copy(bias, gh[i])
-            _add_product(h, w_t, gh, count)
+            _add_recurrent(cell, h, w_t, gh, count)
         for i in range(count):
             r = offsets[t] + order[i]
             saved = planes[r, n] if save_planes else scratch
@@ -276,7 +301,7 @@ def backward(  # type: ignore[no-untyped-def]
                 _step_backward(cell, dm[i], drest[i], planes[r, n], h, rest, d[i], d[i], dh[i])
                 _copy(d[i], dgx[r, n])
         if fused:
-            _add_product(d, w, dh, count)
+            _add_recurrent(cell, d, w, dh, count)
             if reset.shape[0] > 0:
                 leave(t, n, alive, offsets, order, reset, dh, drest, dreset_h, dreset_rest)
 

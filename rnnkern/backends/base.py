@@ -96,7 +96,8 @@ class ScanInputs:
     B: int
     gx: Tensor  # [S, N, G*H] input pre-activations, b_ih included, last stride 1; backward must not read it
     states: tuple[Tensor, ...]  # [N, B, P], [N, B, H]...: before the first step of each group's own direction
-    params: tuple[tuple[Tensor, ...], ...]  # [N][K] w_hh [G*H, P], b_hh [G*H], w_hr [P, H], ln_hh [G*H], small [H]
+    # [N][K] w_hh [G*H, P] (a diagonal one: [G*H]), b_hh [G*H], w_hr [P, H], ln_hh [G*H], small [H]
+    params: tuple[tuple[Tensor, ...], ...]
     offsets: Tensor | None = None  # int64 [T] on gx's device; None: t*B
     lengths: Tensor | None = None  # int64 [B] on gx's device; None: all T
     reset: Tensor | None = None  # bool [S, N]: the state entering this row, in its group's OWN direction, is replaced

@@ -17,7 +17,8 @@ try:
 except ImportError as error:
     raise ImportError(f"the C++ extension was not built ({error}); pip install -v shows why") from error
 
-CELL_NUMBERS = {"rnn_tanh": 0, "rnn_relu": 1, "lstm": 2, "gru": 3}
+_CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru", "mgu", "indrnn_tanh", "indrnn_relu", "ligru")
+CELL_NUMBERS = {name: number for number, name in enumerate(_CELLS)}  # as csrc/api.h has them
 DTYPE_NUMBERS = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 _PARAMS = ("w_hh", "b_hh", "w_hr")
 _SMALL = ("ln_hh", "peephole_i", "peephole_f", "peephole_o", "ln_c", "ln_c_bias")
@@ -43,8 +44,10 @@ class Cpp:
         reasons += [f"parameter {p}" for p in spec.params if p not in (*_PARAMS, "ln_hh", *CELLS[spec.cell].small)]
         known = {"h", "h_step", "zoneout_h", *CELLS[spec.cell].masks, *(("zoneout_c",) if _has_c(spec) else ())}
         reasons += [f"mask {m}" for m in spec.noise if m not in known]
-        if spec.cell == "gru" and "w_hr" in spec.params:
-            reasons.append("a projected gru: its step reads h at full width")
+        if CELLS[spec.cell].mixes_h and "w_hr" in spec.params:
+            reasons.append(f"a projected {spec.cell}: its step reads h at full width")
+        if not CELLS[spec.cell].dense and "w_hr" in spec.params:
+            reasons.append(f"a projected {spec.cell}: its recurrence has no products")
         if not _has_c(spec) and (spec.cell_clip or spec.zoneout[1]):
             reasons.append(f"{spec.cell} has no state c to clip or zone out")
         return reasons
@@ -200,7 +203,7 @@ class Cpp:
 def _plane_is_output(spec: ScanSpec) -> bool:
     """Whether what the cell saves is the h that it gives out."""
     zoned = "zoneout_h" in spec.noise or spec.zoneout[0]
-    return spec.cell in ("rnn_tanh", "rnn_relu") and "w_hr" not in spec.params and not zoned
+    return CELLS[spec.cell].planes == ("a",) and "w_hr" not in spec.params and not zoned
 
 
 def _has_c(spec: ScanSpec) -> bool:
@@ -240,9 +243,9 @@ def _products(inputs: ScanInputs, y: Tensor) -> Tensor:
     """[S, N, G*H]: h, as it meets w_hh, times it, which layer norm's backward reads; nothing of it was saved."""
     wide = accumulation_dtype(y.dtype)
     entering = Entering(inputs, y.to(wide), True)
-    at = inputs.spec.params.index("w_hh")
-    groups = enumerate(inputs.params)
-    return torch.stack([entering(n) @ group[at].to(wide).T for n, group in groups], 1)
+    at, dense = inputs.spec.params.index("w_hh"), CELLS[inputs.spec.cell].dense
+    weights = (group[at].to(wide) for group in inputs.params)
+    return torch.stack([entering(n) @ w.T if dense else entering(n) * w for n, w in enumerate(weights)], 1)
 
 
 def _projected(inputs: ScanInputs, hidden: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ class _Work:
 
     def __init__(self, inputs: ScanInputs) -> None:
         cell = CELLS[inputs.spec.cell]
-        self.inputs, self.rows = inputs, _rows(inputs)
+        self.inputs, self.rows, self.dense = inputs, _rows(inputs), cell.dense
         self.cell = driver.CELL_IDS[inputs.spec.cell]
         self.dtype = accumulation_dtype(inputs.gx.dtype)
         self.storage = inputs.gx.dtype
@@ -110,7 +110,12 @@ class _Work:
 
     def by_torch(self) -> bool:
         """Whether products go to torch.mm: they are large, or too few to pay for transposing W."""
-        return self.inputs.B * self.width * self.P >= _LARGE or self.inputs.T <= 2
+        large = self.inputs.B * self.width * self.P >= _LARGE
+        return self.dense and (large or self.inputs.T <= 2)
+
+    def recurrent(self, params: dict[str, Tensor]) -> Tensor:
+        """W_hh; a diagonal one as a matrix of one row."""
+        return params["w_hh"] if self.dense else params["w_hh"].unsqueeze(0)
 
 
 def _steps(T: int, reverse: bool) -> list[tuple[int, int]]:
@@ -140,9 +145,11 @@ class NumbaBackend:
         small = [p for p in spec.params if p in CELLS[spec.cell].small]
         if small:
             reasons.append(f"parameters {', '.join(small)}")
+        if not CELLS[spec.cell].dense and "w_hr" in spec.params:
+            reasons.append(f"a projected {spec.cell}: its recurrence has no products")
         P, H = inputs.states[0].shape[-1], gx.shape[-1] // len(CELLS[spec.cell].gates)
-        if P != H and spec.cell == "gru":
-            reasons.append(f"gru, whose step mixes h into what is as wide as H, with P={P} and H={H}")
+        if P != H and CELLS[spec.cell].mixes_h:
+            reasons.append(f"{spec.cell}, whose step mixes h into what is as wide as H, with P={P} and H={H}")
         return reasons
 
     def forward(self, inputs: ScanInputs) -> ScanOutputs:
@@ -160,11 +167,11 @@ class NumbaBackend:
 
         for n in range(work.N):
             params = {k: v.detach().to(work.dtype) for k, v in zip(spec.params, inputs.params[n], strict=True)}
-            w, bias = params["w_hh"], params.get("b_hh")
+            w, bias = work.recurrent(params), params.get("b_hh")
             h, rest = work.sorted(work.states, n)
             nothing = h[:0]
             # By torch.mm the loop reads neither, and transposing W would cost more than the product.
-            w_t = w.t().contiguous().numpy() if fused else nothing
+            w_t = (w.t() if work.dense else w).contiguous().numpy() if fused else nothing
             start = bias.contiguous().numpy() if bias is not None else np.zeros(work.width, gx.dtype)
             w_hr_t = params["w_hr"].t().contiguous().numpy() if project else nothing
             where = (rows.alive, rows.offsets, rows.order, work.reset, *work.replacements(n))
@@ -218,7 +225,7 @@ class NumbaBackend:
 
         for n in range(work.N):
             params = {k: v.detach().to(work.dtype) for k, v in zip(spec.params, inputs.params[n], strict=True)}
-            w = params["w_hh"].contiguous()
+            w = work.recurrent(params).contiguous()
             h0, rest0 = work.sorted(work.states, n)
             dh, drest = work.sorted(dends, n)
             w_hr = params["w_hr"].contiguous().numpy() if project else h0[:0]

@@ -82,10 +82,11 @@ class Group:
 
     def product(self, h: Tensor, keep: Tensor | None) -> Tensor:
         """Step 2."""
-        return (h if keep is None else h * keep) @ self.p["w_hh"].T
+        left = h if keep is None else h * keep
+        return left @ self.p["w_hh"].T if self.cell.dense else left.repeat(1, len(self.cell.gates)) * self.p["w_hh"]
 
     def d_product(self, dprod: Tensor, keep: Tensor | None) -> Tensor:
-        dh = dprod @ self.p["w_hh"]
+        dh = dprod @ self.p["w_hh"] if self.cell.dense else torch.stack(self.gates(dprod * self.p["w_hh"])).sum(0)
         return dh if keep is None else dh * keep
 
     def pre_activation(self, prod: Tensor) -> Tensor:
@@ -149,7 +150,7 @@ def _lay(pieces: Pieces, like: Tensor, *size: int, reverse: bool) -> Tensor:
 
 
 class Reference:
-    """The reference scan. Any device, any floating dtype, every word of ScanSpec but the diagonal recurrence."""
+    """The reference scan. Any device, any floating dtype, every word of ScanSpec."""
 
     name = "reference"
 
@@ -161,8 +162,6 @@ class Reference:
         reasons = []
         if not inputs.gx.is_floating_point():
             reasons.append(f"dtype {inputs.gx.dtype} is not a floating-point one")
-        if cell.recurrence != "dense":
-            reasons.append(f"the recurrence of {cell.name} is {cell.recurrence}, not dense")
         known = {"w_hh", "b_hh", "w_hr", "ln_hh", *cell.small}
         reasons += [f"{cell.name} has no parameter {name}" for name in spec.params if name not in known]
         known = {"h", "h_step", "zoneout_h", *(("zoneout_c",) if len(cell.states) > 1 else ()), *cell.masks}

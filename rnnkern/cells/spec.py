@@ -62,4 +62,13 @@ class CellSpec:
     row: tuple[str, ...] = ()  # of those, the ones that need a whole row of H in one place
     norm: tuple[int, ...] = (1,)  # gates normalised together under ln_hh (Ba et al. 2016: LSTM (4,), GRU (2, 1))
     masks: tuple[str, ...] = ()  # step masks that the equations read ("candidate"); a driver refuses one not listed
+    mixes_h: bool = False  # the equations read h itself, at full width: backends refuse a projection
     recurrence: str = "dense"  # "dense": h W_hh^T; "diagonal": h * w_hh. Block-diagonal heads are groups
+
+    @property
+    def dense(self) -> bool:
+        return self.recurrence == "dense"
+
+    def recurrent_shape(self, H: int, P: int) -> tuple[int, ...]:
+        """Of w_hh."""
+        return (len(self.gates) * H, P) if self.dense else (len(self.gates) * H,)

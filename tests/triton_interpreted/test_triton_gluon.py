@@ -16,10 +16,10 @@ from scans import Case, agree, gradients_of, inputs_of, references, run
 
 from rnnkern import dispatch
 from rnnkern.backends.triton import config, persistent_kernels
+from rnnkern.backends.triton.cells import STEPS
 from rnnkern.backends.triton.config import VARIABLE
 from rnnkern.backends.triton.gluon_shim import unavailable
 from rnnkern.backends.triton.lost import LOST
-from rnnkern.cells import CELLS
 
 pytest.importorskip("triton.experimental.gluon", reason="a Triton without Gluon")
 from rnnkern.backends.triton import gluon_kernels
@@ -67,7 +67,7 @@ def gluon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "H"), [(torch.float32, 33), (torch.bfloat16, 72)], ids=str)
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", STEPS)
 def test_equals_the_reference(
     cell: str, dtype: torch.dtype, H: int, gluon: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

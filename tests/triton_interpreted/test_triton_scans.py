@@ -24,6 +24,7 @@ from scans import (
 
 from rnnkern import dispatch
 from rnnkern.backends.base import ScanInputs
+from rnnkern.backends.triton.cells import STEPS
 from rnnkern.backends.triton.config import fits_batch_parallel, target_of
 from rnnkern.backends.triton.drivers import question
 from rnnkern.cells import CELLS
@@ -47,7 +48,7 @@ AXES: dict[str, list] = {
 
 def chosen() -> list[Case]:
     cases = []
-    for cell in CELLS:
+    for cell in STEPS:
         cases.append(Case(cell, B=0, H=3, layout="padded", reset="learned"))
         cases.append(Case(cell, torch.bfloat16, T=3, B=7, H=128, reverse=(True,), reset="zero", layout="padded"))
         # Sixteen-bit h, and sums that are made over all steps of a reset state's gradient.
@@ -73,14 +74,14 @@ def driven(case: Case, inputs: ScanInputs, patch: pytest.MonkeyPatch, driver: st
 def demand(inputs: ScanInputs) -> None:
     """Skips what may be refused; all else may not."""
     reasons = SCAN.unsupported(inputs)
-    if any("projected gru" in reason for reason in reasons):
+    if any(f"projected {inputs.spec.cell}" in reason for reason in reasons):
         pytest.skip("; ".join(reasons))
     assert reasons == []
 
 
-@pytest.mark.parametrize("case", [*drawn(12, AXES), *chosen()], ids=str)
+@pytest.mark.parametrize("case", [*drawn(12, AXES, STEPS), *chosen()], ids=str)
 def test_equals_the_reference(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    if case.cell == "gru":
+    if CELLS[case.cell].mixes_h:
         case = dataclasses.replace(case, project=False)
     inputs = inputs_of(case)
     driven(case, inputs, monkeypatch)
@@ -88,7 +89,7 @@ def test_equals_the_reference(case: Case, monkeypatch: pytest.MonkeyPatch) -> No
     compare(SCAN, inputs, gradients_of(case, inputs))
 
 
-@pytest.mark.parametrize("case", [c for c in drawn(4, AXES) if c.dtype != torch.float16], ids=str)
+@pytest.mark.parametrize("case", [c for c in drawn(4, AXES, STEPS) if c.dtype != torch.float16], ids=str)
 def test_as_configured_by_size(case: Case) -> None:
     """Nothing asked for: the size model's own tiles."""
     case = dataclasses.replace(case, project=case.project and case.cell == "lstm", T=min(case.T, 3))
@@ -98,7 +99,7 @@ def test_as_configured_by_size(case: Case) -> None:
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", STEPS)
 def test_rows_past_a_length(cell: str, driver: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(cell, T=5, B=17, H=5, layout="padded", reset="learned")
     driven(case, inputs_of(case), monkeypatch, driver)
@@ -107,7 +108,7 @@ def test_rows_past_a_length(cell: str, driver: str, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("driver", DRIVERS)
 @pytest.mark.parametrize("where", ["gx", "h", "rest", "w_hh", "dy"])
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", STEPS)
 def test_nan_and_inf_go_where_the_reference_sends_them(
     cell: str, where: str, driver: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,7 +122,7 @@ def test_nan_and_inf_go_where_the_reference_sends_them(
 
 @pytest.mark.parametrize("driver", DRIVERS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", STEPS)
 def test_same_bits_and_inputs_left_alone(
     cell: str, dtype: torch.dtype, driver: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,7 +131,7 @@ def test_same_bits_and_inputs_left_alone(
     check_same_bits(SCAN, case)
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", STEPS)
 def test_both_drivers_save_the_same(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What one driver's forward saved, the other's backward reads, and the reference's."""
     case = Case(cell, T=4, B=5, H=17, layout="packed", reset="zero")

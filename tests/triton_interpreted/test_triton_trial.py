@@ -14,7 +14,7 @@ from scans import DTYPES
 from rnnkern import _cuda, dispatch
 from rnnkern.backends.base import ScanGrads, ScanInputs, ScanOutputs
 from rnnkern.backends.triton import config, drivers, trial
-from rnnkern.cells import CELLS
+from rnnkern.backends.triton.cells import STEPS
 
 SCAN = dispatch.backend("triton")
 CPU = torch.device("cpu")
@@ -33,7 +33,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", STEPS)
 def test_right_kernels_pass(cell: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     if dtype != torch.bfloat16 or cell != "gru":  # the interpreter needs ten seconds for the size that a GPU is given
         monkeypatch.setattr(trial, "WIDTHS", (5, 17))

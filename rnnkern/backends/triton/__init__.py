@@ -22,6 +22,7 @@ from rnnkern.backends.triton.interpreter import INTERPRETED, has_bf16
 from rnnkern.backends.triton.launch import TYPES
 from rnnkern.backends.triton.lost import LOST
 from rnnkern.backends.triton.work import LONGEST_PERIOD, pattern
+from rnnkern.cells import CELLS
 
 _PARAMS = ("w_hh", "b_hh", "w_hr")
 _UNDONE = ("zoneout", "cell_clip", "proj_clip", "grad_clip")
@@ -41,7 +42,7 @@ class Triton:
             return [*reasons, f"cell {spec.cell}: only {', '.join(STEPS)}"]
         reasons += [f"parameter {p}" for p in spec.params if p not in _PARAMS]
         reasons += [f"mask {m}" for m in spec.noise]
-        if STEPS[spec.cell].mixes_h and "w_hr" in spec.params:
+        if CELLS[spec.cell].mixes_h and "w_hr" in spec.params:
             reasons.append(f"a projected {spec.cell}: its step reads h at full width")
         reasons += [word for word in _UNDONE if getattr(spec, word) not in (0.0, (0.0, 0.0))]
         if len(spec.reverse) > _GROUPS:

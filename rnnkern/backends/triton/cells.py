@@ -5,19 +5,22 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from rnnkern.cells.gru import triton_step as gru
+from rnnkern.cells.ligru import triton_step as ligru
 from rnnkern.cells.lstm import triton_step as lstm
+from rnnkern.cells.mgu import triton_step as mgu
 from rnnkern.cells.rnn import triton_step as rnn
 
 
 class TritonCell(NamedTuple):
     step: Any  # (gx, gh, entering states) -> (new states, planes), tuples of tiles in the accumulation dtype
     step_backward: Any  # (dstates, planes, entering states) -> (dgx, dgh, dentering)
-    mixes_h: bool = False  # whether the equations read h itself, and dentering has a gradient of it
 
 
 STEPS = {
     "rnn_tanh": TritonCell(rnn.tanh_step, rnn.tanh_step_backward),
     "rnn_relu": TritonCell(rnn.relu_step, rnn.relu_step_backward),
     "lstm": TritonCell(lstm.step, lstm.step_backward),
-    "gru": TritonCell(gru.step, gru.step_backward, mixes_h=True),
+    "gru": TritonCell(gru.step, gru.step_backward),
+    "mgu": TritonCell(mgu.step, mgu.step_backward),
+    "ligru": TritonCell(ligru.step, ligru.step_backward),
 }

@@ -87,7 +87,7 @@ def plan_backward(
     if config.driver in TOGETHER:
         work.to_be_awaited(work.arguments["dgh"])
         return grads, _sliced(work, asked, config, ("dgh",))
-    if work.step.mixes_h:
+    if work.cell.mixes_h:
         work.arguments["carry"] = _scratch(work, work.H, work.acc)
     if grads.dreset_states and work.acc != work.dtype:  # a sum over steps is made in the accumulation dtype
         wide = torch.zeros_like(grads.dreset_states[0], dtype=work.acc)

@@ -50,7 +50,7 @@ def failure(device: torch.device, cell: str, dtype: torch.dtype, precision: str)
     except Exception as error:  # a compiler's, a driver's, or ours: all mean the same here
         why = f"{type(error).__name__}: {error}"
         warnings.warn(
-            f"rnnkern's Triton kernels failed a trial of {cell} in {dtype} on {device}, so torch's kernels run: {why}",
+            f"rnnkern's Triton kernels failed a trial of {cell} in {dtype} on {device}, so others run: {why}",
             RuntimeWarning,
             stacklevel=2,
         )

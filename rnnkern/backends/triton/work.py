@@ -50,7 +50,7 @@ class Work:
             "GATES": len(cell.gates),
             "SAVED": len(cell.planes),
             "HAS_C": self.has_c,
-            "MIXES_H": self.step.mixes_h,
+            "MIXES_H": cell.mixes_h,
             "SPLIT": bool(cell.split),
             "H": self.H,
             "P": self.P,

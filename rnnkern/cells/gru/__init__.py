@@ -35,4 +35,5 @@ GRU = CellSpec(
     split=("n",),
     norm=(2, 1),
     masks=("candidate",),
+    mixes_h=True,
 )
