@@ -9,13 +9,14 @@ layer (autograd.py). Every option travels in the one string `spec` (ScanSpec.enc
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from rnnkern import dispatch
+from rnnkern import _fast, dispatch
 from rnnkern._plan import shape_only
 from rnnkern._run import run_forward
 from rnnkern.backends.base import ScanInputs, ScanOutputs, ScanSpec
@@ -72,17 +73,19 @@ def _scan_forward(spec: str, backend: str, T: int, B: int, gx: Tensor, *rest) ->
 
 
 def _flat(spec: ScanSpec, out: ScanOutputs) -> list[Tensor]:
-    """As the fakes promise them: contiguous, and absent ones alias nothing."""
+    """As the fakes promise them: contiguous, and absent ones alias nothing; what nobody keeps is left out."""
     save, y = spec.save, out.y.contiguous()
+    if save == "none":
+        return [y, *(final.contiguous() for final in out.final)]
     planes = out.planes
     if save == "all" and planes.dim() == 1:  # a backend's layer_forward leaves out a plane that is the output
         planes = y.unsqueeze(2).clone()
     return [
         y,
         *(final.contiguous() for final in out.final),
-        *(seq.contiguous() if save != "none" else seq.new_empty(0) for seq in out.seq),
+        *(seq.contiguous() for seq in out.seq),
         planes.contiguous() if save == "all" else y.new_empty(0),
-        out.hidden.contiguous() if "w_hr" in spec.params and save != "none" else y.new_empty(0),
+        out.hidden.contiguous() if "w_hr" in spec.params else y.new_empty(0),
     ]
 
 
@@ -91,18 +94,24 @@ def _scan_forward_fake(spec: str, backend: str, T: int, B: int, gx: Tensor, stat
     cell, save, projected = CELLS[decoded.cell], decoded.save, "w_hr" in decoded.params
     S, N, width = gx.shape
     H = width // len(cell.gates)
+    needed = [gx.new_empty(S, N, states[0].shape[-1]), *(state.new_empty(state.shape) for state in states)]
+    if save == "none":
+        return needed
     return [
-        gx.new_empty(S, N, states[0].shape[-1]),
-        *(state.new_empty(state.shape) for state in states),
-        *(state.new_empty((S, N, H) if save != "none" else 0) for state in states[1:]),
+        *needed,
+        *(state.new_empty(S, N, H) for state in states[1:]),
         gx.new_empty((S, N, len(cell.planes), H) if save == "all" else 0),
-        gx.new_empty((S, N, H) if projected and save != "none" else 0),
+        gx.new_empty((S, N, H) if projected else 0),
     ]
 
 
 def _layer_forward(  # type: ignore[no-untyped-def]
     spec: str, backend: str, T: int, B: int, x: Tensor, w_ih: Tensors, b_ih: Tensors, *rest
 ) -> list[Tensor]:
+    if backend == "cpp" and rest[2] is None and rest[3] is None and rest[4] is None:  # dense, and no resets
+        short = _fast.scan(spec, T, B, x, w_ih, b_ih, *rest[:2])
+        if short is not None:
+            return short
     inputs = _inputs(spec, T, B, shape_only(x, x.shape[0], len(w_ih), w_ih[0].shape[0]), *rest)
     biases = tuple(b_ih) or (None,) * len(w_ih)
     return _flat(inputs.spec, run_forward(backend, inputs, x, tuple(w_ih), biases, x.shape[1]))
@@ -199,24 +208,23 @@ class _NoGradient(torch.autograd.Function):
 
 def _for_autograd(op: torch._ops.OpOverload, run: Callable[..., Tensors]) -> Callable[..., Tensors]:
     """The op's kernel where autograd is: torch's own for ops without a derivative would only warn, and give none."""
-    lists = {i for i, argument in enumerate(op._schema.arguments) if isinstance(argument.type, torch.ListType)}
+    lists = [i for i, argument in enumerate(op._schema.arguments) if isinstance(argument.type, torch.ListType)]
+
+    def below(keys: torch._C.DispatchKeySet, arguments: tuple[Any, ...]) -> Tensors:
+        with torch._C._AutoDispatchBelowAutograd():
+            if (keys & torch._C._after_ADInplaceOrView_keyset).highestPriorityTypeId() in _DEVICES:
+                return run(*arguments)  # torch would only take the arguments apart and come back
+            return op.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
 
     def kernel(keys: torch._C.DispatchKeySet, *arguments: Any) -> Tensors:
-        # What AOTInductor packages gives None for an empty list.
-        arguments = tuple([] if v is None and i in lists else v for i, v in enumerate(arguments))
-        last = (keys & torch._C._after_ADInplaceOrView_keyset).highestPriorityTypeId() in _DEVICES
-
-        def below() -> Tensors:
-            with torch._C._AutoDispatchBelowAutograd():
-                if last:  # torch would only take the arguments apart and come back
-                    return run(*arguments)
-                return op.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
-
+        for i in lists:
+            if arguments[i] is None:  # what AOTInductor packages gives for an empty list
+                arguments = (*arguments[:i], [], *arguments[i + 1 :])
         if torch.is_grad_enabled():
             tensors = [t for t in tree_leaves(arguments) if isinstance(t, Tensor)]
             if any(t.requires_grad for t in tensors):
-                return list(_NoGradient.apply(below, *tensors))
-        return below()
+                return list(_NoGradient.apply(partial(below, keys, arguments), *tensors))
+        return below(keys, arguments)
 
     return kernel
 
