@@ -9,7 +9,6 @@ fit, and every error, goes the general way: these functions then return None and
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from operator import is_
 from typing import Any
 
@@ -20,7 +19,6 @@ from torch.autograd import forward_ad
 from rnnkern import _profile, dispatch
 from rnnkern._dynamo import constant
 from rnnkern._options import PLAIN
-from rnnkern.backends.base import ScanSpec
 
 _CODES = {"rnn_tanh": (0, 1), "rnn_relu": (1, 1), "lstm": (2, 4), "gru": (3, 3)}  # number in the extension, gates
 _NARROW = (torch.bfloat16, torch.float16)  # c is kept in fp32 then, and given and taken in the module's dtype
@@ -167,49 +165,6 @@ def one_step(
     return out and (out[0:1] if out[2] is None else (out[0], out[2]))  # type: ignore[return-value]
 
 
-@lru_cache(maxsize=256)
-def _shape(spec: str) -> tuple[str, bool, bool] | None:
-    """(cell, whether there is b_hh, whether there is w_hr) of a scan of one group from the start, of which nothing is
-    kept and which does nothing special; None: of any other.
-    """
-    known = ScanSpec.decode(spec)
-    plain = ScanSpec(known.cell, (False,), known.params, save="none", precision=known.precision)
-    if known != plain or known.cell not in _CODES or not set(known.params) <= {"w_hh", "b_hh", "w_hr"}:
-        return None
-    return known.cell, "b_hh" in known.params, "w_hr" in known.params
-
-
-def scan(
-    spec: str, T: int, B: int, x: Tensor, w_ih: Sequence[Tensor], b_ih: Sequence[Tensor], states: Sequence[Tensor],
-    params: Sequence[Tensor],
-) -> list[Tensor] | None:  # fmt: skip
-    """The op layer_forward of a dense layer without resets: (y, *final), or None."""
-    shape = _shape(spec)
-    if shape is None or not x.is_contiguous():
-        return None
-    kernel = _load() if _kernel is None else _kernel
-    if not kernel:
-        return None
-    cell, bias, projected = shape
-    number, gates = _CODES[cell]
-    w_hh = params[0]
-    parts = w_ih[0], w_hh, b_ih[0] if b_ih else None, params[1] if bias else None, params[-1] if projected else None
-    P, c = w_hh.shape[1] if projected else 0, states[1] if cell == "lstm" else None
-    rows = x.view(T, B, x.shape[2])
-    given = (_isa, number, gates, w_hh.shape[0] // gates, P, _threads(), _LAYER, rows, *parts, states[0], c)
-    out = kernel(*given) if not _profiling() else _recorded(cell, kernel, given)
-    if out is None:
-        return None
-    y, h, c = out
-    y = y.view(T * B, 1, y.shape[2])
-    return [y, h] if c is None else [y, h, c]
-
-
-def _recorded(cell: str, kernel: Any, given: tuple[Any, ...]) -> Any:
-    with torch.profiler.record_function(_profile.label("cpp", cell, "layer_forward")):
-        return kernel(*given)
-
-
 def _run(
     bias: bool, H: int, cell: str, kind: int, input: Tensor, parts: tuple[Any, ...], P: int, w_hr: Any, hx: Any
 ) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
@@ -231,7 +186,11 @@ def _run(
                 c = c.float()
     number, gates = _CODES[cell]
     given = (_isa, number, gates, H, P, _threads(), kind, input, *parts, w_hr, h, c)
-    out = kernel(*given) if not _profiling() else _recorded(cell, kernel, given)
+    if _profiling():
+        with torch.profiler.record_function(_profile.label("cpp", cell, "layer_forward")):
+            out = kernel(*given)
+    else:
+        out = kernel(*given)
     if out is None:
         return None
     _choice.last = "cpp"

@@ -73,10 +73,12 @@ def call_beneath_vmap(
     input: Tensor,
     hx: States | None,
     params: Sequence[Tensor],
+    groups: int,
+    gates: int,
     batch_first: bool,
 ) -> tuple[Tensor, States] | None:
-    """A plain call of a stack below the innermost vmap, as run(input, hx) with the samples as batch rows: (output, final
-    states). None where that is not all that there is to it: each layer then does what it can.
+    """A plain call of a stack below the innermost vmap, as run(input, hx) with samples as batch rows: its output and
+    final states. None where that is not all that there is to it: each layer then does what it can.
 
     Once per call and not once per layer, and what runs below is the call that it would be without vmap.
     """
@@ -87,16 +89,17 @@ def call_beneath_vmap(
     if any(_wrapped(p) and _unwrap(p, level)[1] is not None for p in params):
         return None
     batched = input.dim() == 3
-    axis = 0 if batched and batch_first else 1
-    (x, dim), *states = (_unwrap(t, level) for t in (input, *(hx or ())))
     if not batched and input.dim() != 2:
         return None
+    axis = 0 if batched and batch_first else 1
+    (x, dim), *states = (_unwrap(t, level) for t in (input, *(hx or ())))
     if dim is None and all(place is None for _, place in states):
         return None
     n, B = interpreter.batch_size(), input.shape[axis] if batched else 1
-    # A state that does not fit is reported by the call as the caller made it.
-    if hx is not None and any(h.dim() != input.dim() or (batched and h.shape[1] != B) for h in hx):
-        return None
+    if hx is not None:  # what does not fit is reported by the call as the caller made it
+        widths = params[1].shape[-1], params[1].shape[0] // gates
+        if any(h.shape != ((groups, B, w) if batched else (groups, w)) for h, w in zip(hx, widths, strict=False)):
+            return None
 
     def rows(v: Tensor, dim: int | None, axis: int) -> Tensor:
         v = v.unsqueeze(axis).expand(*v.shape[:axis], n, *v.shape[axis:]) if dim is None else v.movedim(dim, axis)

@@ -1,6 +1,7 @@
 """The opaque ops of the library, and their fakes. Nothing else registers ops.
 
-A scan forward, a scan backward, and a layer forward, for backends that do the input projection within the scan.
+A scan forward, a scan backward, a layer forward, for backends that do the input projection within the scan, and a whole
+plain call of which no gradient comes: one op with few arguments, for it may be shorter than the way to an op.
 
 Opaque to torch.compile, torch.export and dispatch modes, and without derivatives of their own: those belong to the
 layer (autograd.py). Every option travels in the one string `spec` (ScanSpec.encode), so the schemas never change.
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from rnnkern import _fast, dispatch
+from rnnkern import _fast, dispatch, functional
 from rnnkern._plan import shape_only
 from rnnkern._run import run_forward
 from rnnkern.backends.base import ScanInputs, ScanOutputs, ScanSpec
@@ -33,6 +34,9 @@ _LAYER = (
 _BACKWARD = (
     "(str spec, str backend, SymInt T, SymInt B, Tensor[] grads, Tensor y, Tensor[] seq, Tensor planes, Tensor hidden, "
     f"{_SCAN}Tensor[] noise) -> Tensor[]"
+)
+_INFERENCE = (
+    "(str cell, Tensor input, Tensor[] hx, Tensor[] params, bool bias, int layers, bool bidirectional) -> Tensor[]"
 )
 
 
@@ -108,10 +112,6 @@ def _scan_forward_fake(spec: str, backend: str, T: int, B: int, gx: Tensor, stat
 def _layer_forward(  # type: ignore[no-untyped-def]
     spec: str, backend: str, T: int, B: int, x: Tensor, w_ih: Tensors, b_ih: Tensors, *rest
 ) -> list[Tensor]:
-    if backend == "cpp" and rest[2] is None and rest[3] is None and rest[4] is None:  # dense, and no resets
-        short = _fast.scan(spec, T, B, x, w_ih, b_ih, *rest[:2])
-        if short is not None:
-            return short
     inputs = _inputs(spec, T, B, shape_only(x, x.shape[0], len(w_ih), w_ih[0].shape[0]), *rest)
     biases = tuple(b_ih) or (None,) * len(w_ih)
     return _flat(inputs.spec, run_forward(backend, inputs, x, tuple(w_ih), biases, x.shape[1]))
@@ -191,6 +191,30 @@ def _scan_backward_fake(  # type: ignore[no-untyped-def]
     ]
 
 
+def _inference(
+    cell: str, input: Tensor, hx: Tensors, params: Tensors, bias: bool, layers: int, bidirectional: bool
+) -> list[Tensor]:
+    """A call as it is outside of graphs, with every short way that it has there."""
+    input, states = input.contiguous(), tuple(hx) or None
+    if layers == 1 and not bidirectional:
+        short = _fast.sequence(cell, input, states, params, bias, False)
+        if short is not None:
+            return list(short)
+    with torch.no_grad():
+        y, final, _ = functional.run(cell, input, states, params, bias, layers, 0.0, False, bidirectional, False)
+    return [y.contiguous(), *(h.contiguous() for h in final)]
+
+
+def _inference_fake(
+    cell: str, input: Tensor, hx: Tensors, params: Tensors, bias: bool, layers: int, bidirectional: bool
+) -> list[Tensor]:
+    directions, H = 2 if bidirectional else 1, params[0].shape[0] // len(CELLS[cell].gates)
+    T, B, P = *input.shape[:2], params[1].shape[1]
+    widths = (P, H)[: len(CELLS[cell].states)]
+    final = [input.new_empty(layers * directions, B, width) for width in widths]
+    return [input.new_empty(T, B, directions * P), *final]
+
+
 class _NoGradient(torch.autograd.Function):
     """What an op gives, with a backward that says why there is none."""
 
@@ -235,6 +259,7 @@ for _name, _schema, _run, _fake in (
     ("scan_forward", _FORWARD, _scan_forward, _scan_forward_fake),
     ("layer_forward", _LAYER, _layer_forward, _layer_forward_fake),
     ("scan_backward", _BACKWARD, _scan_backward, _scan_backward_fake),
+    ("inference", _INFERENCE, _inference, _inference_fake),
 ):
     _LIBRARY.define(_name + _schema)
     _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")  # any device: the reference is torch operations
@@ -245,3 +270,4 @@ for _name, _schema, _run, _fake in (
 scan_forward = torch.ops.rnnkern.scan_forward.default
 layer_forward = torch.ops.rnnkern.layer_forward.default
 scan_backward = torch.ops.rnnkern.scan_backward.default
+inference = torch.ops.rnnkern.inference.default

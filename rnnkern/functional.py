@@ -13,8 +13,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from rnnkern import _checks, _fast, _layouts, _regularised, dispatch
-from rnnkern._dynamo import constant, left_to_python
+from rnnkern import _checks, _fast, _graphs, _layouts, _ops, _regularised, dispatch
 from rnnkern._fold import call_beneath_vmap
 from rnnkern._layouts import States
 from rnnkern._options import NO_PROJECTION, PLAIN, Keywords, Options
@@ -222,15 +221,16 @@ def run(
 ) -> tuple[Tensor, States, tuple[States, ...]]:
     """What the modules and the functions above share: (output, final states, states of every layer or nothing)."""
     if torch.compiler.is_compiling() and (batch_sizes is not None or torch.compiler.is_dynamo_compiling()):
-        return _traced(
-            cell, input, hx, params, bias, num_layers, dropout, training, bidirectional, batch_first, batch_sizes,
-            lengths, reset, reset_state, return_states, memory, options,
+        return (_graphs.call if batch_sizes is None else _graphs.outside)(
+            cell, input, hx, params, bias, num_layers, dropout if training else 0.0, training, bidirectional,
+            batch_first, batch_sizes, lengths, reset, reset_state, return_states, memory, options,
         )  # fmt: skip
     two = cell == "lstm"
     packed = batch_sizes is not None
     plain = options is PLAIN and not (packed or return_states) and lengths is None and reset is reset_state is None
-    if plain and memory == "save":
-        short = _plain(cell, input, hx, params, bias, num_layers, dropout, training, bidirectional, batch_first)
+    plain = plain and memory == "save" and not (training and dropout and num_layers > 1)
+    if plain:
+        short = _plain(cell, input, hx, params, bias, num_layers, bidirectional, batch_first)
         if short is not None:
             return *short, ()
     batched = True
@@ -302,6 +302,13 @@ def run(
             )  # fmt: skip
             return (y, final, ()) if batched else (y.squeeze(1), tuple(h.squeeze(1) for h in final), ())
 
+    graded = torch.is_grad_enabled() and not torch.compiler.is_exporting()
+    if plain and backend is low is None and not graded and input.device.type == "cpu" and _traced():
+        x = input.transpose(0, 1) if batch_first else input
+        y, *last = _ops.inference(cell, x, hx or (), params, bias, num_layers, bidirectional)
+        y = y.transpose(0, 1) if batch_first else y
+        return (y, tuple(last), ()) if batched else (y.squeeze(1), tuple(h.squeeze(1) for h in last), ())
+
     dtypes = tuple(input.dtype for _ in widths)
     if low is not None:
         # Packed sequences of one length are dense to torch.
@@ -340,74 +347,28 @@ def run(
 
 
 def _plain(
-    cell: str, input: Tensor, hx: States | None, params: Sequence[Tensor], bias: bool, num_layers: int, dropout: float,
-    training: bool, bidirectional: bool, batch_first: bool,
+    cell: str, input: Tensor, hx: States | None, params: Sequence[Tensor], bias: bool, num_layers: int,
+    bidirectional: bool, batch_first: bool,
 ) -> tuple[Tensor, States] | None:  # fmt: skip
-    """The short ways through a call that has nothing beyond torch.nn's; None: none of them."""
+    """The short ways through a call that has nothing beyond torch.nn's, and no dropout; None: none of them."""
     if torch._C._are_functorch_transforms_active():
-        if torch.compiler.is_compiling() or (training and dropout and num_layers > 1):
+        if torch.compiler.is_compiling():
             return None
 
         def below(input: Tensor, hx: States | None) -> tuple[Tensor, States, Any]:
-            return run(cell, input, hx, params, bias, num_layers, dropout, training, bidirectional, batch_first)
+            return run(cell, input, hx, params, bias, num_layers, 0.0, False, bidirectional, batch_first)
 
-        return call_beneath_vmap(below, input, hx, params, batch_first)
+        groups, gates = num_layers * (1 + bidirectional), len(CELLS[cell].gates)
+        return call_beneath_vmap(below, input, hx, params, groups, gates, batch_first)
     if torch.is_grad_enabled() or num_layers != 1 or bidirectional:
         return None
     found = _fast.sequence(cell, input, hx, params, bias, batch_first)
-    return found and (found[0], found[1:])
+    return None if found is None else (found[0], found[1:])
 
 
-def _traced(
-    cell: str, input: Tensor, hx: States | None, params: Sequence[Tensor], bias: bool, num_layers: int, dropout: float,
-    training: bool, bidirectional: bool, batch_first: bool, batch_sizes: Tensor | None, lengths: Lengths | None,
-    reset: Tensor | None, reset_state: States | None, return_states: bool, memory: str, options: Options,
-) -> tuple[Tensor, States, tuple[States, ...]]:  # fmt: skip
-    """What Dynamo sees of a call: one node, or the end of its graph."""
-    if batch_sizes is not None:
-        return _outside_of_graphs(
-            cell, input, hx, params, bias, num_layers, dropout, training, bidirectional, batch_first, batch_sizes,
-            lengths, reset, reset_state, return_states, memory, options,
-        )  # fmt: skip
-    _allow_nodes()
-    return _node(
-        dispatch.requested(), cell, input, hx, params, bias, num_layers, dropout if training else 0.0, training,
-        bidirectional, batch_first, lengths, reset, reset_state, return_states, memory, None if options is PLAIN else options.values(),
-    )  # fmt: skip
-
-
-def _node(
-    requested: str | None, cell: str, input: Tensor, hx: States | None, params: Sequence[Tensor], bias: bool,
-    num_layers: int, dropout: float, training: bool, bidirectional: bool, batch_first: bool, lengths: Lengths | None,
-    reset: Tensor | None, reset_state: States | None, return_states: bool, memory: str, options: tuple[Any, ...] | None,
-) -> tuple[Tensor, States, tuple[States, ...]]:  # fmt: skip
-    """A call as a node of a graph, whose arguments are tensors and plain values.
-
-    `requested` is the backend that :func:`run` reads for itself: it is an argument so that Dynamo guards it.
-    """
-    return run(
-        cell, input, hx, params, bias, num_layers, _static(dropout), training, bidirectional, batch_first, None, lengths,
-        reset, reset_state, return_states, memory, PLAIN if options is None else Options(*map(_static, options)),
-    )  # fmt: skip
-
-
-def _static(value: Any) -> Any:
-    """A probability or bound that Dynamo would have vary from call to call, as the number that it is in this one."""
-    if isinstance(value, tuple):
-        return tuple(map(_static, value))
-    return float(value) if isinstance(value, torch.SymFloat) else value
-
-
-_PACKED = "a graph does not know how long the sequences of a packed input are; of padded input with lengths= it does"
-
-
-def _outside_of_graphs(*arguments: Any) -> tuple[Tensor, States, tuple[States, ...]]:
-    if torch.compiler.is_exporting():
-        raise ValueError(f"torch.export: {_PACKED}")
-    return run(*arguments)
-
-
-left_to_python(_outside_of_graphs, f"rnnkern: {_PACKED}")
+def _traced() -> bool:
+    """Whether a graph is being made of what runs now, and no transform of torch.func is at work within it."""
+    return torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
 
 
 def stack(
@@ -490,8 +451,7 @@ def run_cell(
 ) -> States:  # fmt: skip
     """One step of a cell module: (h,) or (h, c). A scan with T=1 on the same backends."""
     if torch.compiler.is_dynamo_compiling():
-        _allow_nodes()
-        return _step_node(dispatch.requested(), cell, title, input, hx, w_ih, w_hh, b_ih, b_hh)
+        return _graphs.step(cell, title, input, hx, w_ih, w_hh, b_ih, b_hh)
     low = _layouts.autocast_dtype(input.device.type)
     batched = input.dim() == 2
     if not batched:
@@ -528,18 +488,3 @@ def run_cell(
         y, final, _ = stack(*arguments)
     states = (final[0][0], final[1][0].to(dtypes[1])) if two else (final[0][0],)
     return states if batched else tuple(h.squeeze(0) for h in states)
-
-
-def _step_node(requested: str | None, *arguments: Any) -> States:
-    """As _node, for a cell's step."""
-    return run_cell(*arguments)
-
-
-@constant
-def _allow_nodes() -> None:
-    """Called while a trace is made, before Dynamo looks at the functions: then their calls are nodes of its graph.
-
-    Nodes are followed by AOTAutograd. What Dynamo follows itself it also guards, and checks at every call.
-    """
-    for function in (_node, _step_node):
-        torch.compiler.allow_in_graph(function)
