@@ -95,7 +95,9 @@ def _torchs(module: Any, what: str, input: Tensor, hx: Any) -> Any:
 
 def layer(module: Any, cell: str, input: Any, hx: Any) -> tuple[Any, ...] | None:
     """A module of layers: (output, states in torch.nn's form), or None."""
-    if type(input) is not Tensor or module.options is not PLAIN or module._project is not None or _closed():
+    if _compiling() or type(input) is not Tensor or module.options is not PLAIN or module._project is not None:
+        return None
+    if _closed():
         return None
     if _grad():
         if cell not in _FORWARD or not input.is_cpu or input.dim() != 3:
@@ -124,7 +126,7 @@ def layer(module: Any, cell: str, input: Any, hx: Any) -> tuple[Any, ...] | None
 
 def step(module: Any, cell: str, input: Any, hx: Any) -> tuple[Any, ...] | None:
     """RNNCell, LSTMCell or GRUCell: (h,) or (h, c), or None."""
-    if type(input) is not Tensor or _closed():
+    if _compiling() or type(input) is not Tensor or _closed():
         return None
     if _grad():
         if input.dim() != 2 or not input.is_cpu:
@@ -138,9 +140,9 @@ def step(module: Any, cell: str, input: Any, hx: Any) -> tuple[Any, ...] | None:
 
 
 def sequence(
-    cell: str, input: Tensor, hx: tuple[Tensor, ...], params: Sequence[Tensor], bias: bool, batch_first: bool
+    cell: str, input: Tensor, hx: tuple[Tensor, ...] | None, params: Sequence[Tensor], bias: bool, batch_first: bool
 ) -> tuple[Tensor, ...] | None:
-    """One layer of torch's op in one direction, with no gradient to come: its results as torch's op has them, or None.
+    """One layer in one direction, with no gradient to come: its results as torch's op has them, or None.
 
     `params` is torch's list of weights.
     """

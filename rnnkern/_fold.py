@@ -18,11 +18,13 @@ from torch._functorch.pyfunctorch import VmapInterpreter, retrieve_current_funct
 
 from rnnkern._plan import Plan
 
+States = tuple[Tensor, ...]
 Mapped = tuple[tuple[Tensor | None, ...], tuple[int | None, ...]]
 Run = Callable[..., tuple[Tensor, ...]]  # (plan, T, B, x, *args) -> outputs
 
 _unwrap = torch._C._functorch._unwrap_batched
 _wrap = torch._C._functorch._add_batch_dim
+_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def sample(v: Tensor, dim: int | None, i: int) -> Tensor:
@@ -64,6 +66,51 @@ def beneath_vmap(run: Run, plan: Plan, T: int, B: int, *tensors: Tensor) -> tupl
             return inner(plan, T, B, *values)
         found, places = mapped(inner, interpreter.batch_size(), dims, plan, T, B, values)
     return tuple(v if v is None or dim is None else _wrap(v, dim, level) for v, dim in zip(found, places, strict=True))
+
+
+def call_beneath_vmap(
+    run: Callable[[Tensor, States | None], tuple[Tensor, States, Any]],
+    input: Tensor,
+    hx: States | None,
+    params: Sequence[Tensor],
+    groups: int,
+    gates: int,
+    batch_first: bool,
+) -> tuple[Tensor, States] | None:
+    """A plain call of a stack below the innermost vmap, as run(input, hx) with samples as batch rows: its output and
+    final states. None where that is not all that there is to it: each layer then does what it can.
+
+    Once per call and not once per layer, and what runs below is the call that it would be without vmap.
+    """
+    interpreter = retrieve_current_functorch_interpreter()
+    if not isinstance(interpreter, VmapInterpreter):
+        return None
+    level = interpreter.level()
+    if any(_wrapped(p) and _unwrap(p, level)[1] is not None for p in params):
+        return None
+    batched = input.dim() == 3
+    if not batched and input.dim() != 2:
+        return None
+    axis = 0 if batched and batch_first else 1
+    (x, dim), *states = (_unwrap(t, level) for t in (input, *(hx or ())))
+    if dim is None and all(place is None for _, place in states):
+        return None
+    n, B = interpreter.batch_size(), input.shape[axis] if batched else 1
+    if hx is not None:  # what does not fit is reported by the call as the caller made it
+        widths = params[1].shape[-1], params[1].shape[0] // gates
+        if any(h.shape != ((groups, B, w) if batched else (groups, w)) for h, w in zip(hx, widths, strict=False)):
+            return None
+
+    def rows(v: Tensor, dim: int | None, axis: int) -> Tensor:
+        v = v.unsqueeze(axis).expand(*v.shape[:axis], n, *v.shape[axis:]) if dim is None else v.movedim(dim, axis)
+        return (v.flatten(axis, axis + 1) if batched else v).contiguous()
+
+    def samples(v: Tensor, axis: int) -> Tensor:
+        return _wrap(v.unflatten(axis, (n, B)) if batched else v, axis, level)
+
+    with interpreter.lower():
+        y, final, _ = run(rows(x, dim, axis), hx and tuple(rows(v, place, 1) for v, place in states))
+        return samples(y, axis), tuple(samples(v, 1) for v in final)
 
 
 class Fold:

@@ -1,6 +1,7 @@
 """The opaque ops of the library, and their fakes. Nothing else registers ops.
 
-A scan forward, a scan backward, and a layer forward, for backends that do the input projection within the scan.
+A scan forward, a scan backward, a layer forward, for backends that do the input projection within the scan, and a whole
+plain call of which no gradient comes: one op with few arguments, for it may be shorter than the way to an op.
 
 Opaque to torch.compile, torch.export and dispatch modes, and without derivatives of their own: those belong to the
 layer (autograd.py). Every option travels in the one string `spec` (ScanSpec.encode), so the schemas never change.
@@ -9,13 +10,14 @@ layer (autograd.py). Every option travels in the one string `spec` (ScanSpec.enc
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from rnnkern import dispatch
+from rnnkern import _fast, dispatch, functional
 from rnnkern._plan import shape_only
 from rnnkern._run import run_forward
 from rnnkern.backends.base import ScanInputs, ScanOutputs, ScanSpec
@@ -32,6 +34,9 @@ _LAYER = (
 _BACKWARD = (
     "(str spec, str backend, SymInt T, SymInt B, Tensor[] grads, Tensor y, Tensor[] seq, Tensor planes, Tensor hidden, "
     f"{_SCAN}Tensor[] noise) -> Tensor[]"
+)
+_INFERENCE = (
+    "(str cell, Tensor input, Tensor[] hx, Tensor[] params, bool bias, int layers, bool bidirectional) -> Tensor[]"
 )
 
 
@@ -72,17 +77,19 @@ def _scan_forward(spec: str, backend: str, T: int, B: int, gx: Tensor, *rest) ->
 
 
 def _flat(spec: ScanSpec, out: ScanOutputs) -> list[Tensor]:
-    """As the fakes promise them: contiguous, and absent ones alias nothing."""
+    """As the fakes promise them: contiguous, and absent ones alias nothing; what nobody keeps is left out."""
     save, y = spec.save, out.y.contiguous()
+    if save == "none":
+        return [y, *(final.contiguous() for final in out.final)]
     planes = out.planes
     if save == "all" and planes.dim() == 1:  # a backend's layer_forward leaves out a plane that is the output
         planes = y.unsqueeze(2).clone()
     return [
         y,
         *(final.contiguous() for final in out.final),
-        *(seq.contiguous() if save != "none" else seq.new_empty(0) for seq in out.seq),
+        *(seq.contiguous() for seq in out.seq),
         planes.contiguous() if save == "all" else y.new_empty(0),
-        out.hidden.contiguous() if "w_hr" in spec.params and save != "none" else y.new_empty(0),
+        out.hidden.contiguous() if "w_hr" in spec.params else y.new_empty(0),
     ]
 
 
@@ -91,12 +98,14 @@ def _scan_forward_fake(spec: str, backend: str, T: int, B: int, gx: Tensor, stat
     cell, save, projected = CELLS[decoded.cell], decoded.save, "w_hr" in decoded.params
     S, N, width = gx.shape
     H = width // len(cell.gates)
+    needed = [gx.new_empty(S, N, states[0].shape[-1]), *(state.new_empty(state.shape) for state in states)]
+    if save == "none":
+        return needed
     return [
-        gx.new_empty(S, N, states[0].shape[-1]),
-        *(state.new_empty(state.shape) for state in states),
-        *(state.new_empty((S, N, H) if save != "none" else 0) for state in states[1:]),
+        *needed,
+        *(state.new_empty(S, N, H) for state in states[1:]),
         gx.new_empty((S, N, len(cell.planes), H) if save == "all" else 0),
-        gx.new_empty((S, N, H) if projected and save != "none" else 0),
+        gx.new_empty((S, N, H) if projected else 0),
     ]
 
 
@@ -182,6 +191,30 @@ def _scan_backward_fake(  # type: ignore[no-untyped-def]
     ]
 
 
+def _inference(
+    cell: str, input: Tensor, hx: Tensors, params: Tensors, bias: bool, layers: int, bidirectional: bool
+) -> list[Tensor]:
+    """A call as it is outside of graphs, with every short way that it has there."""
+    input, states = input.contiguous(), tuple(hx) or None
+    if layers == 1 and not bidirectional:
+        short = _fast.sequence(cell, input, states, params, bias, False)
+        if short is not None:
+            return list(short)
+    with torch.no_grad():
+        y, final, _ = functional.run(cell, input, states, params, bias, layers, 0.0, False, bidirectional, False)
+    return [y.contiguous(), *(h.contiguous() for h in final)]
+
+
+def _inference_fake(
+    cell: str, input: Tensor, hx: Tensors, params: Tensors, bias: bool, layers: int, bidirectional: bool
+) -> list[Tensor]:
+    directions, H = 2 if bidirectional else 1, params[0].shape[0] // len(CELLS[cell].gates)
+    T, B, P = *input.shape[:2], params[1].shape[1] if CELLS[cell].dense else H
+    widths = (P, H)[: len(CELLS[cell].states)]
+    final = [input.new_empty(layers * directions, B, width) for width in widths]
+    return [input.new_empty(T, B, directions * P), *final]
+
+
 class _NoGradient(torch.autograd.Function):
     """What an op gives, with a backward that says why there is none."""
 
@@ -199,24 +232,23 @@ class _NoGradient(torch.autograd.Function):
 
 def _for_autograd(op: torch._ops.OpOverload, run: Callable[..., Tensors]) -> Callable[..., Tensors]:
     """The op's kernel where autograd is: torch's own for ops without a derivative would only warn, and give none."""
-    lists = {i for i, argument in enumerate(op._schema.arguments) if isinstance(argument.type, torch.ListType)}
+    lists = [i for i, argument in enumerate(op._schema.arguments) if isinstance(argument.type, torch.ListType)]
+
+    def below(keys: torch._C.DispatchKeySet, arguments: tuple[Any, ...]) -> Tensors:
+        with torch._C._AutoDispatchBelowAutograd():
+            if (keys & torch._C._after_ADInplaceOrView_keyset).highestPriorityTypeId() in _DEVICES:
+                return run(*arguments)  # torch would only take the arguments apart and come back
+            return op.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
 
     def kernel(keys: torch._C.DispatchKeySet, *arguments: Any) -> Tensors:
-        # What AOTInductor packages gives None for an empty list.
-        arguments = tuple([] if v is None and i in lists else v for i, v in enumerate(arguments))
-        last = (keys & torch._C._after_ADInplaceOrView_keyset).highestPriorityTypeId() in _DEVICES
-
-        def below() -> Tensors:
-            with torch._C._AutoDispatchBelowAutograd():
-                if last:  # torch would only take the arguments apart and come back
-                    return run(*arguments)
-                return op.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
-
+        for i in lists:
+            if arguments[i] is None:  # what AOTInductor packages gives for an empty list
+                arguments = (*arguments[:i], [], *arguments[i + 1 :])
         if torch.is_grad_enabled():
             tensors = [t for t in tree_leaves(arguments) if isinstance(t, Tensor)]
             if any(t.requires_grad for t in tensors):
-                return list(_NoGradient.apply(below, *tensors))
-        return below()
+                return list(_NoGradient.apply(partial(below, keys, arguments), *tensors))
+        return below(keys, arguments)
 
     return kernel
 
@@ -227,6 +259,7 @@ for _name, _schema, _run, _fake in (
     ("scan_forward", _FORWARD, _scan_forward, _scan_forward_fake),
     ("layer_forward", _LAYER, _layer_forward, _layer_forward_fake),
     ("scan_backward", _BACKWARD, _scan_backward, _scan_backward_fake),
+    ("inference", _INFERENCE, _inference, _inference_fake),
 ):
     _LIBRARY.define(_name + _schema)
     _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")  # any device: the reference is torch operations
@@ -237,3 +270,4 @@ for _name, _schema, _run, _fake in (
 scan_forward = torch.ops.rnnkern.scan_forward.default
 layer_forward = torch.ops.rnnkern.layer_forward.default
 scan_backward = torch.ops.rnnkern.scan_backward.default
+inference = torch.ops.rnnkern.inference.default

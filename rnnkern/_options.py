@@ -63,12 +63,17 @@ class Options:
         names = (*masks, "zoneout", "cell_clip", "proj_clip", "grad_clip", "layer_norm", "peephole")
         return ", ".join(f"{name}=" for name in names if getattr(self, name) not in (0.0, (0.0, 0.0)))
 
+    def values(self) -> tuple[Any, ...]:
+        """``Options(*values)`` are these."""
+        return tuple(getattr(self, name) for name in NAMES)
+
     def __str__(self) -> str:
         values = ((f.name, getattr(self, f.name), f.default) for f in fields(self))
         return "".join(f", {name}={value}" for name, value, default in values if value != default)
 
 
 PLAIN = Options()
+NAMES = tuple(f.name for f in fields(Options))  # Dynamo cannot ask a class for its fields
 
 
 def options(title: str, cell: str, projected: bool, given: Keywords) -> Options:
@@ -78,9 +83,8 @@ def options(title: str, cell: str, projected: bool, given: Keywords) -> Options:
         TypeError: a keyword that is none of them.
         ValueError: a value out of range, or an option that the cell does not have.
     """
-    known = {f.name: f for f in fields(Options)}
     for name in given:
-        if name not in known:
+        if name not in NAMES:
             raise TypeError(f"{title}: got an unexpected keyword argument {name!r}")
     found = Options(**given)
     two = len(CELLS[cell].states) > 1
@@ -137,7 +141,7 @@ def _attribute(name: str) -> property:
     def set(self: Extended, value: Any) -> None:
         if name in ("layer_norm", "peephole") and value != get(self):
             raise AttributeError(f"{name}: fixed when the module is made, for it has parameters of its own")
-        given: Any = {f.name: getattr(self.options, f.name) for f in fields(Options)} | {name: value}
+        given: Any = dict(zip(NAMES, self.options.values(), strict=True)) | {name: value}
         self._take(options(type(self).__name__, self._cell, self.proj_size > 0, given))
 
     return property(get, set)
@@ -222,7 +226,7 @@ class Extended(torch.nn.Module):
     def _weights(self) -> list[Tensor]:
         """The flat list that functions take, each read by its name: it may be parametrized, or no parameter at all."""
         found, names = self._parameters, self._flat_weights_names
-        if self.options.layer_norm or self.options.peephole:
+        if self.options is not PLAIN and (self.options.layer_norm or self.options.peephole):
             extra = self._extra_names()
             groups = self.num_layers * (1 + self.bidirectional)
             a, b = len(names) // groups, len(extra) // groups

@@ -183,9 +183,12 @@ class Layer(torch.autograd.Function):
         if w_ih and dispatch.projects(backend):
             biases = [b for b in b_ih if b is not None]
             scan = scan_arguments(plan.inputs(T, B, x, args))
-            return tuple(_ops.layer_forward(plan.text, backend, T, B, x, list(w_ih), biases, *scan))
-        inputs = plan.inputs(T, B, project(x, w_ih, b_ih, plan.models), args)
-        return tuple(_ops.scan_forward(plan.text, backend, T, B, inputs.gx, *scan_arguments(inputs)))
+            found = _ops.layer_forward(plan.text, backend, T, B, x, list(w_ih), biases, *scan)
+        else:
+            inputs = plan.inputs(T, B, project(x, w_ih, b_ih, plan.models), args)
+            found = _ops.scan_forward(plan.text, backend, T, B, inputs.gx, *scan_arguments(inputs))
+        absent = plan.differentiable + 2 - len(found)  # the ops leave out what nobody keeps
+        return *found, *(x.new_empty(0) for _ in range(absent))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -13,8 +13,8 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from rnnkern import _checks, _layouts, _regularised, dispatch
-from rnnkern._dynamo import left_to_python
+from rnnkern import _checks, _fast, _graphs, _layouts, _ops, _regularised, dispatch
+from rnnkern._fold import call_beneath_vmap
 from rnnkern._layouts import States
 from rnnkern._options import NO_PROJECTION, PLAIN, Keywords, Options
 from rnnkern._options import options as checked_options
@@ -290,13 +290,24 @@ def run(
     project: Projection | None = None,
 ) -> tuple[Tensor, States, tuple[States, ...]]:
     """What the modules and the functions above share: (output, final states, states of every layer or nothing)."""
-    if batch_sizes is not None and torch.compiler.is_compiling():
-        return _outside_of_graphs(
+    if torch.compiler.is_compiling() and batch_sizes is not None:
+        return _graphs.outside(
             cell, input, hx, params, bias, num_layers, dropout, training, bidirectional, batch_first, batch_sizes,
             lengths, reset, reset_state, return_states, memory, options, project,
         )  # fmt: skip
+    if torch.compiler.is_dynamo_compiling() and project is None:
+        return _graphs.call(
+            cell, input, hx, params, bias, num_layers, dropout if training else 0.0, training, bidirectional,
+            batch_first, batch_sizes, lengths, reset, reset_state, return_states, memory, options,
+        )  # fmt: skip
     two = cell == "lstm"
     packed = batch_sizes is not None
+    plain = options is PLAIN and not (packed or return_states) and lengths is None and reset is reset_state is None
+    plain = plain and memory == "save" and project is None and not (training and dropout and num_layers > 1)
+    if plain:
+        short = _plain(cell, input, hx, params, bias, num_layers, bidirectional, batch_first)
+        if short is not None:
+            return *short, ()
     batched = True
     D = 2 if bidirectional else 1
     if packed:
@@ -366,6 +377,13 @@ def run(
             )  # fmt: skip
             return (y, final, ()) if batched else (y.squeeze(1), tuple(h.squeeze(1) for h in final), ())
 
+    graded = torch.is_grad_enabled() and not torch.compiler.is_exporting()
+    if plain and backend is low is None and not graded and input.device.type == "cpu" and _traced():
+        x = input.transpose(0, 1) if batch_first else input
+        y, *last = _ops.inference(cell, x, hx or (), params, bias, num_layers, bidirectional)
+        y = y.transpose(0, 1) if batch_first else y
+        return (y, tuple(last), ()) if batched else (y.squeeze(1), tuple(h.squeeze(1) for h in last), ())
+
     dtypes = tuple(input.dtype for _ in widths)
     if low is not None:
         # Packed sequences of one length are dense to torch.
@@ -403,16 +421,29 @@ def run(
     return y, final, states
 
 
-_PACKED = "a graph does not know how long the sequences of a packed input are; of padded input with lengths= it does"
+def _plain(
+    cell: str, input: Tensor, hx: States | None, params: Sequence[Tensor], bias: bool, num_layers: int,
+    bidirectional: bool, batch_first: bool,
+) -> tuple[Tensor, States] | None:  # fmt: skip
+    """The short ways through a call that has nothing beyond torch.nn's, and no dropout; None: none of them."""
+    if torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling():
+            return None
+
+        def below(input: Tensor, hx: States | None) -> tuple[Tensor, States, Any]:
+            return run(cell, input, hx, params, bias, num_layers, 0.0, False, bidirectional, batch_first)
+
+        groups, gates = num_layers * (1 + bidirectional), len(CELLS[cell].gates)
+        return call_beneath_vmap(below, input, hx, params, groups, gates, batch_first)
+    if torch.is_grad_enabled() or num_layers != 1 or bidirectional:
+        return None
+    found = _fast.sequence(cell, input, hx, params, bias, batch_first)
+    return None if found is None else (found[0], found[1:])
 
 
-def _outside_of_graphs(*arguments: Any) -> tuple[Tensor, States, tuple[States, ...]]:
-    if torch.compiler.is_exporting():
-        raise ValueError(f"torch.export: {_PACKED}")
-    return run(*arguments)
-
-
-left_to_python(_outside_of_graphs, f"rnnkern: {_PACKED}")
+def _traced() -> bool:
+    """Whether a graph is being made of what runs now, and no transform of torch.func is at work within it."""
+    return torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
 
 
 def stack(
@@ -504,6 +535,8 @@ def run_cell(
     b_hh: Tensor | None,
 ) -> States:  # fmt: skip
     """One step of a cell module: (h,) or (h, c). A scan with T=1 on the same backends."""
+    if torch.compiler.is_dynamo_compiling():
+        return _graphs.step(cell, title, input, hx, w_ih, w_hh, b_ih, b_hh)
     low = _layouts.autocast_dtype(input.device.type)
     batched = input.dim() == 2
     if not batched:

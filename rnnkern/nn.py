@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from rnnkern import _checks, _fast, _layouts, functional
+from rnnkern._fast import layer as short_layer
 from rnnkern._options import Extended
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
@@ -214,7 +215,7 @@ class LSTM(Extended, torch.nn.LSTM):
         return_states: bool = False,
     ) -> tuple[Any, ...]:
         if lengths is None and reset is None and reset_state is None and not return_states:
-            short = _fast.layer(self, "lstm", input, hx)
+            short = short_layer(self, "lstm", input, hx)
             if short is not None:
                 return short
         states = None if hx is None else (hx[0], hx[1])
@@ -464,7 +465,7 @@ def one_state(
     return_states: bool,
 ) -> tuple[Any, ...]:
     if lengths is None and reset is None and reset_state is None and not return_states:
-        short = _fast.layer(module, cell, input, hx)
+        short = short_layer(module, cell, input, hx)
         if short is not None:
             return short
     states = None if hx is None else (hx,)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -84,7 +85,10 @@ def test_the_input_product_is_left_to_the_backend(kind: str, gradient: bool) -> 
     with torch.set_grad_enabled(gradient):
         assert all(map(torch.equal, compiled(x), run(x)))
     aten = torch.ops.aten
-    assert _ops.layer_forward in graphs[0] and not graphs[0] & {aten.mm.default, aten.addmm.default}
+    assert (_ops.layer_forward if gradient else _ops.inference) in graphs[0] and not graphs[0] & {
+        aten.mm.default,
+        aten.addmm.default,
+    }
 
 
 class Tagger(nn.Module):
@@ -117,6 +121,82 @@ def test_a_model(allowed: bool) -> None:
             same(*results, list(model.parameters()), f"{T=} {B=}")
             graphs.append(counter.frame_count)
     assert graphs[1:] == [graphs[1]] * 4 and (graphs[:2] == [1, 2]) == allowed
+
+
+def ours_guarded(forward: Any) -> int:
+    """How many guards of the newest graph are on globals, which is code and constants and not what a call is given."""
+    (entry, *_) = torch._dynamo.eval_frame._debug_get_cache_entry_list(forward.__code__)
+
+    def count(manager: Any) -> int:
+        return len(manager.get_leaf_guards()) + sum(map(count, manager.get_child_managers()))
+
+    root = entry.guard_manager.root
+    sources = [manager.get_source() for manager in root.get_child_managers()]
+    return sum(count(m) for m, source in zip(root.get_child_managers(), sources, strict=True) if source == "G")
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_few_guards_are_on_the_library(kind: str, gradient: bool) -> None:
+    """Each is checked at every call. There were 130 of them when Dynamo followed a call to its layers."""
+    module = getattr(rnnkern, kind)(3, 5)
+    with torch._dynamo.config.patch(allow_rnn=True), torch.set_grad_enabled(gradient):
+        torch.compile(module, fullgraph=True, backend="aot_eager")(torch.randn(4, 2, 3))
+    assert 0 < ours_guarded(type(module).forward) <= 30
+
+
+def test_a_backend_chosen_later_is_honoured() -> None:
+    module, x = rnnkern.LSTM(3, 5, dtype=D), torch.randn(4, 2, 3, dtype=D)
+    counter, ran = CompileCounterWithBackend("aot_eager"), []
+    with torch._dynamo.config.patch(allow_rnn=True):
+        compiled = torch.compile(module, fullgraph=True, backend=counter)
+        for name in (None, "reference", None, "reference"):
+            with rnnkern.use_backend(name):
+                same(compiled(x), module(x), list(module.parameters()), f"{name}")
+                with torch.no_grad():
+                    check(flat(compiled(x)), flat(module(x)), flat(module(x)), f"{name}, no gradient")
+                ran.append(counter.frame_count)
+        assert ran == [2, 4, 4, 4]
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("layers, bidirectional", [(1, False), (2, True)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_inference_is_one_op(kind: str, layers: int, bidirectional: bool, batch_first: bool) -> None:
+    """... in one graph for the first sizes and one for all others, whatever is in between: transposes, or nothing."""
+    module, graphs = pair(kind, 3, 5, layers, bidirectional=bidirectional, batch_first=batch_first).ours, []
+
+    def keep(graph: torch.fx.GraphModule, _: Any) -> torch.fx.GraphModule:
+        graphs.append([n.target for n in graph.graph.nodes if n.op == "call_function"])
+        return graph
+
+    with torch._dynamo.config.patch(allow_rnn=True), torch.no_grad():
+        compiled = torch.compile(
+            module, fullgraph=True, backend=aot_autograd(fw_compiler=keep, inference_compiler=keep)
+        )
+        for T, B in SIZES:
+            x = torch.randn(*((B, T) if batch_first else (T, B)), 3, dtype=D)
+            hx = module(x)[1]
+            for given in ((x,), (x, hx)):
+                expected = flat(module(*given))
+                check(flat(compiled(*given)), expected, expected, f"{T=} {B=}")
+    assert len(graphs) <= 4 and all(graph.count(_ops.inference) == 1 for graph in graphs)
+    others = {op for graph in graphs for op in graph} - {_ops.inference, operator.getitem}
+    assert {op for op in others if isinstance(op, torch._ops.OpOverload)} <= {torch.ops.aten.permute.default,
+        torch.ops.aten.transpose.int, torch.ops.aten.sym_size.int}  # fmt: skip
+
+
+def test_options_of_functions_within_a_graph() -> None:
+    """Numbers among them may change, and are then other numbers."""
+    module = rnnkern.LSTM(3, 5, dtype=D)
+    weights = list(module.parameters())
+
+    def run(x: Tensor, p: float) -> Any:
+        return rnnkern.functional.lstm(x, None, weights, zoneout=(p, 0.5 * p), cell_clip=2 * p)
+
+    compiled, x = torch.compile(run, fullgraph=True, backend="aot_eager"), torch.randn(4, 2, 3, dtype=D)
+    for p in (0.1, 0.25, 0.5):
+        same(compiled(x, p), run(x, p), weights, f"{p=}")
 
 
 @pytest.mark.parametrize("option", ["lengths", "reset", "return_states"])

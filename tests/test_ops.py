@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import rnnkern
 from rnnkern import _ops, dispatch
 from rnnkern.backends.base import ScanSpec
 from rnnkern.cells import CELLS
@@ -74,6 +75,22 @@ def test_opcheck(cell, P, kind, backend):
             opcheck(op, arguments(call, backend, save), test_utils=FAST)
         opcheck(op, arguments(call, backend), test_utils=FAST if undefined else ALL)
     opcheck(_ops.scan_backward, backward_arguments(call, backend, dseq=False), test_utils="test_faketensor")
+
+
+@pytest.mark.parametrize("layers, bidirectional", [(1, False), (2, True)])
+@pytest.mark.parametrize("cell, P", PROJECTED)
+def test_opcheck_of_inference(cell, P, layers, bidirectional, backend):
+    module = {"lstm": rnnkern.LSTM, "gru": rnnkern.GRU}.get(cell, rnnkern.RNN)
+    kwargs = {"nonlinearity": cell[4:]} if cell.startswith("rnn") else {"proj_size": P} if P else {}
+    params = list(module(3, 5, layers, bidirectional=bidirectional, dtype=torch.float64, **kwargs).parameters())
+    params = [p.detach() for p in params]
+    hx = [torch.randn(layers * (1 + bidirectional), 2, P or 5, dtype=torch.float64)]
+    hx += [torch.randn(layers * (1 + bidirectional), 2, 5, dtype=torch.float64)] * (cell == "lstm")
+    x = torch.randn(4, 2, 3, dtype=torch.float64)
+    with rnnkern.use_backend(backend):
+        for states in ([], hx):
+            for input in (x, x.transpose(0, 1).contiguous().transpose(0, 1)):
+                opcheck(_ops.inference, (cell, input, states, params, True, layers, bidirectional), test_utils=FAST)
 
 
 def test_spec_text_goes_there_and_back():

@@ -227,7 +227,7 @@ def test_other_devices_run_torch_s_kernels(device: str) -> None:
     for cell in ("gru", "lstm", "rnn_tanh", "gru_cell"):
         assert dispatch.wants_torch(torch.device(device), torch.float32, cell, 4, False, 10)
     key = {"mps": "MPS", "xpu": "XPU", "meta": "Meta"}[device]
-    for op in ("scan_forward", "layer_forward", "scan_backward"):
+    for op in ("scan_forward", "layer_forward", "scan_backward", "inference"):
         assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"rnnkern::{op}", key)
 
 
