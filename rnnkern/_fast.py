@@ -146,6 +146,8 @@ def sequence(
 
     `params` is torch's list of weights.
     """
+    if cell not in _CODES:
+        return None
     n = 4 if bias else 2
     w_hr = params[n] if len(params) == n + 1 and cell == "lstm" else None
     if type(input) is not Tensor or _closed() or len(params) != n + (w_hr is not None) or params[1].dim() != 2:
@@ -173,7 +175,7 @@ def _run(
 ) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
     """(output, h_n, c_n); a cell's h_n is its output, and None."""
     kernel = _load() if _kernel is None else _kernel
-    if not kernel or cell not in _CODES or (bias and (parts[2] is None or parts[3] is None)):
+    if not kernel or (bias and (parts[2] is None or parts[3] is None)):
         return None
     number, gates = _CODES[cell]
     h = c = None
