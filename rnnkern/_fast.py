@@ -146,16 +146,15 @@ def sequence(
 
     `params` is torch's list of weights.
     """
-    if cell not in _CODES:
-        return None
     n = 4 if bias else 2
     w_hr = params[n] if len(params) == n + 1 and cell == "lstm" else None
     if type(input) is not Tensor or _closed() or len(params) != n + (w_hr is not None) or params[1].dim() != 2:
         return None
-    wide, width = params[1].shape
+    width = params[1].shape[1]
     parts = (*params[:2], *(params[2:4] if bias else (None, None)))
     kind = _BATCH_FIRST if batch_first else _LAYER
-    out = _run(bias, wide // _CODES[cell][1], cell, kind, input, parts, 0 if w_hr is None else width, w_hr, hx)
+    H, P = (width, 0) if w_hr is None else (w_hr.shape[-1], width)
+    out = _run(bias, H, cell, kind, input, parts, P, w_hr, hx)
     return out if out is None or out[2] is not None else out[:2]  # type: ignore[return-value]
 
 
@@ -175,7 +174,7 @@ def _run(
 ) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
     """(output, h_n, c_n); a cell's h_n is its output, and None."""
     kernel = _load() if _kernel is None else _kernel
-    if not kernel or (bias and (parts[2] is None or parts[3] is None)):
+    if not kernel or cell not in _CODES or (bias and (parts[2] is None or parts[3] is None)):
         return None
     number, gates = _CODES[cell]
     h = c = None

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from rnnkern import dispatch, functional
+from rnnkern import _call, dispatch
 from rnnkern._dynamo import constant, left_to_python
 from rnnkern._options import PLAIN, Options
 
@@ -19,14 +19,14 @@ PACKED = "a graph does not know how long the sequences of a packed input are; of
 
 
 def call(*arguments: Any) -> Any:
-    """What Dynamo sees of :func:`rnnkern.functional.run`."""
+    """What Dynamo sees of :func:`rnnkern._call.run`."""
     _allow_nodes()
     *others, options = arguments
     return _node(dispatch.requested(), None if options is PLAIN else options.values(), *others)
 
 
 def step(*arguments: Any) -> Any:
-    """The same for :func:`rnnkern.functional.run_cell`."""
+    """The same for :func:`rnnkern._call.run_cell`."""
     _allow_nodes()
     return _step_node(dispatch.requested(), *arguments)
 
@@ -35,7 +35,7 @@ def outside(*arguments: Any) -> Any:
     """The same with packed input: the end of a graph."""
     if torch.compiler.is_exporting():
         raise ValueError(f"torch.export: {PACKED}")
-    return functional.run(*arguments)
+    return _call.run(*arguments)
 
 
 left_to_python(outside, f"rnnkern: {PACKED}")
@@ -44,11 +44,11 @@ left_to_python(outside, f"rnnkern: {PACKED}")
 def _node(requested: str | None, options: tuple[Any, ...] | None, *arguments: Any) -> Any:
     # The backend that was asked for is read further down: it is an argument so that Dynamo guards it.
     given = [*map(_static, arguments), PLAIN if options is None else Options(*map(_static, options))]
-    return functional.run(*given)
+    return _call.run(*given)
 
 
 def _step_node(requested: str | None, *arguments: Any) -> Any:
-    return functional.run_cell(*arguments)
+    return _call.run_cell(*arguments)
 
 
 def _static(value: Any) -> Any:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from rnnkern import _fast, dispatch, functional
+from rnnkern import _call, _fast, dispatch
 from rnnkern._plan import shape_only
 from rnnkern._run import run_forward
 from rnnkern.backends.base import ScanInputs, ScanOutputs, ScanSpec
@@ -201,7 +201,7 @@ def _inference(
         if short is not None:
             return list(short)
     with torch.no_grad():
-        y, final, _ = functional.run(cell, input, states, params, bias, layers, 0.0, False, bidirectional, False)
+        y, final, _ = _call.run(cell, input, states, params, bias, layers, 0.0, False, bidirectional, False)
     return [y.contiguous(), *(h.contiguous() for h in final)]
 
 

@@ -167,7 +167,7 @@ class Extended(torch.nn.Module):
 
     memory = "save"
     options = PLAIN
-    _project: Any = None  # makes a layer's pre-activations in its own way, see functional.stack
+    _project: Any = None  # makes a layer's pre-activations in its own way, see _call.stack
     recurrent_dropout = _attribute("recurrent_dropout")
     recurrent_dropout_mode = _attribute("recurrent_dropout_mode")
     zoneout = _attribute("zoneout")

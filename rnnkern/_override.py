@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rnnkern import _fast, dispatch, functional
+from rnnkern import _call, _fast, dispatch
 from rnnkern._dynamo import left_to_python
 from rnnkern.cells import CELLS
 
@@ -199,7 +199,7 @@ def _dense(cell: str, original: _Torch) -> Callable[..., Any]:
             T, B = (input.size(1), input.size(0)) if batch_first else (input.size(0), input.size(1))
             sizes = _sizes(cell, input, params, num_layers, bidirectional)
             if not dispatch.wants_torch(input.device, input.dtype, cell, B, False, T, sizes):
-                found = _on_rnnkern(functional.run, cell, input, states, params, *options)
+                found = _on_rnnkern(_call.run, cell, input, states, params, *options)
                 if not isinstance(found, Exception):
                     return (found[0], *found[1])
                 refused = found
@@ -232,7 +232,7 @@ def _packed(cell: str, original: _Torch) -> Callable[..., Any]:
             B = int(sizes[0]) if data.is_cuda and sizes.numel() else 0  # a choice on a CPU does not read it
             known = _sizes(cell, data, params, num_layers, bidirectional)
             if not dispatch.wants_torch(data.device, data.dtype, cell, B, True, sizes.size(0), known):
-                found = _on_rnnkern(functional.run, cell, data, states, params, *options, False, sizes)
+                found = _on_rnnkern(_call.run, cell, data, states, params, *options, False, sizes)
                 if not isinstance(found, Exception):
                     return (found[0], *found[1])
                 refused = found
@@ -258,7 +258,7 @@ def _step(cell: str, original: _Torch) -> Callable[..., Any]:
         refused = None
         if not _thread.inside and input.dim() == 2 and not _watched(input, *states, *given):
             if not dispatch.wants_torch(input.device, input.dtype, f"{cell}_cell", input.size(0), False, 1):
-                found = _on_rnnkern(functional.run_cell, cell, title, input, states, *weights)
+                found = _on_rnnkern(_call.run_cell, cell, title, input, states, *weights)
                 if not isinstance(found, Exception):
                     return found if two else found[0]
                 refused = found

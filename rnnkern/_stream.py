@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rnnkern import dispatch, functional
+from rnnkern import _call, dispatch
 from rnnkern._options import Extended
 from rnnkern.backends.base import accumulation_dtype
 from rnnkern.cells import CELLS
@@ -204,7 +204,7 @@ class Functional:
         s, per = self.shape, len(self.weights) // self.shape.layers
         bias = per >= 4
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False), dispatch.use_backend(self.backend):
-            y, states, _ = functional.run(
+            y, states, _ = _call.run(
                 s.cell, x, self.states, self.weights, bias, s.layers, 0.0, False, False, False, None, None, None, None,
                 False,
             )  # fmt: skip

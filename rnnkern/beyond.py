@@ -249,7 +249,7 @@ class LiGRU(_OneState):
     def _normalised(
         self, k: int, x: Tensor, groups: Sequence[Group], exist: Tensor | None
     ) -> tuple[Tensor, Sequence[Group]]:
-        """What functional.stack asks of a projection."""
+        """What _call.stack asks of a projection."""
         columns, rest = [], []
         if exist is not None:  # nothing is known of padding, and NaN times a gradient of 0 is NaN
             x = x.masked_fill(~exist.unsqueeze(1), 0)

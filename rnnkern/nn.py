@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnkern import _checks, _fast, _layouts, functional
+from rnnkern import _call, _checks, _fast, _layouts, functional
 from rnnkern._fast import layer as short_layer
 from rnnkern._options import Extended
 
@@ -496,7 +496,7 @@ def _sequence(
             reset_state = _layouts.in_order(module, reset_state, order, batch, "reset_state")
     if weights[0].is_cuda and isinstance(module, torch.nn.RNNBase):
         module._update_flat_weights()  # cuDNN wants the weights in one piece; replaced ones are laid out again
-    y, final, states = functional.run(
+    y, final, states = _call.run(
         cell, data, hx, weights, module.bias, module.num_layers, module.dropout, module.training,
         module.bidirectional, module.batch_first, sizes, lengths, reset, reset_state, return_states,
         module.memory, module.options, module._project,
@@ -515,4 +515,4 @@ def _step(
 ) -> tuple[Tensor, ...]:
     _checks.step_rank(title, input, hx)
     names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-    return functional.run_cell(cell, title, input, hx, *(_weight(module, name) for name in names))
+    return _call.run_cell(cell, title, input, hx, *(_weight(module, name) for name in names))

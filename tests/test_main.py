@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import rnnkern
-from rnnkern import demo, dispatch, functional, info
+from rnnkern import _call, demo, dispatch, info
 from rnnkern.__main__ import main
 from rnnkern.cells import CELLS
 
@@ -75,7 +75,7 @@ def test_info_refuses_an_unknown_instruction_set():
 def test_info_names_the_backend_that_a_call_takes(cell: str):
     inputs = info.plain_call(cell, T=3, B=2, H=8)
     name, why = info.chosen(inputs)
-    kind, options = functional.TITLES[cell], {"nonlinearity": cell.rpartition("_")[2]} if "_" in cell else {}
+    kind, options = _call.TITLES[cell], {"nonlinearity": cell.rpartition("_")[2]} if "_" in cell else {}
     getattr(rnnkern, kind)(8, 8, **options)(torch.zeros(3, 2, 8))
     assert name == dispatch.last()
     assert why

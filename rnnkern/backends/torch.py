@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rnnkern import _layouts, dispatch
+from rnnkern import _call, _layouts, dispatch
 
 
 class Call(NamedTuple):
@@ -145,7 +145,6 @@ class Whole(torch.autograd.Function):
 
 def _on_reference(how: Call, tensors: Sequence[Tensor], generator: Tensor | None) -> tuple[Tensor, ...]:
     """The same call on the reference, with the dropout masks that the kernel drew."""
-    from rnnkern import functional
 
     input, hx, params = _parts(how, tensors)
     device = input.device.type
@@ -161,7 +160,7 @@ def _on_reference(how: Call, tensors: Sequence[Tensor], generator: Tensor | None
     ):
         if generator is not None:
             torch.set_rng_state(generator)
-        y, final, _ = functional.run(
+        y, final, _ = _call.run(
             how.cell, input, hx, params, how.bias, how.num_layers, how.dropout, how.training, how.bidirectional,
             how.batch_first, how.batch_sizes,
         )  # fmt: skip

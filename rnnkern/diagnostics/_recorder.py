@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rnnkern import functional
+from rnnkern import _call
 from rnnkern import nn as recurrent
 from rnnkern._options import PLAIN
 
@@ -129,7 +129,7 @@ def _stepwise(title: str, module: Any, tracks: list[Track]) -> Callable[..., Any
                 state = None if hx is None else tuple(h[n : n + 1] for h in hx)
                 found = []
                 for t in reversed(range(len(x))) if d else range(len(x)):
-                    _, state, _ = functional.run(
+                    _, state, _ = _call.run(
                         cell, x[t : t + 1], state, weights[n * per : (n + 1) * per], module.bias, 1, 0.0,
                         module.training, False, False, options=getattr(module, "options", PLAIN),
                     )  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rnnkern import _checks
-from rnnkern.functional import Lengths
+from rnnkern._call import Lengths
 from rnnkern.seq2seq._attention import Attention, Source
 from rnnkern.seq2seq._encoder import recurrent_class, token_ids
 

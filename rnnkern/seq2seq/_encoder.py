@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rnnkern import nn as recurrent
-from rnnkern.functional import Lengths
+from rnnkern._call import Lengths
 
 CELLS: dict[str, Any] = {"RNN": recurrent.RNN, "LSTM": recurrent.LSTM, "GRU": recurrent.GRU}
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rnnkern.functional import Lengths
+from rnnkern._call import Lengths
 from rnnkern.seq2seq._decoder import Decoder, DecoderState
 from rnnkern.seq2seq._encoder import Encoder
 
