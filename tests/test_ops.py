@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import rnnkern
 from rnnkern import _ops, dispatch
+from rnnkern._call import TITLES
 from rnnkern.backends.base import ScanSpec
 from rnnkern.cells import CELLS
 
@@ -80,8 +81,9 @@ def test_opcheck(cell, P, kind, backend):
 @pytest.mark.parametrize("layers, bidirectional", [(1, False), (2, True)])
 @pytest.mark.parametrize("cell, P", PROJECTED)
 def test_opcheck_of_inference(cell, P, layers, bidirectional, backend):
-    module = {"lstm": rnnkern.LSTM, "gru": rnnkern.GRU}.get(cell, rnnkern.RNN)
-    kwargs = {"nonlinearity": cell[4:]} if cell.startswith("rnn") else {"proj_size": P} if P else {}
+    module = getattr(rnnkern, TITLES[cell])
+    kwargs = {"nonlinearity": cell.rpartition("_")[2]} if "_" in cell else {"proj_size": P} if P else {}
+    kwargs |= {"batch_norm": False} if cell == "ligru" else {}  # that is no plain call
     params = list(module(3, 5, layers, bidirectional=bidirectional, dtype=torch.float64, **kwargs).parameters())
     params = [p.detach() for p in params]
     hx = [torch.randn(layers * (1 + bidirectional), 2, P or 5, dtype=torch.float64)]
