@@ -10,7 +10,7 @@ from stacks import KINDS, draw, flat, gradients, pair
 from tolerance import check, check_grad
 from torch import Tensor
 
-from rnnkern import _layouts, functional
+from rnnkern import _call, _layouts, functional
 
 T, B = 6, 4
 LENGTHS = torch.tensor([3, 0, 6, 5])
@@ -61,7 +61,7 @@ def seen_by_layers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         rows.append(x.shape[0])
         return layer(cell, x, *args, **kwargs)
 
-    monkeypatch.setattr(functional, "layer", watched)
+    monkeypatch.setattr(_call, "layer", watched)
     return rows
 
 
