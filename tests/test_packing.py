@@ -10,7 +10,7 @@ from stacks import KINDS, draw, flat, gradients, pair
 from tolerance import check, check_grad
 from torch import Tensor
 
-from rnnkern import _call, _layouts, functional
+from rnnkern import _call, _layouts
 
 T, B = 6, 4
 LENGTHS = torch.tensor([3, 0, 6, 5])
@@ -55,7 +55,7 @@ def test_same_as_padded(
 def seen_by_layers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rows of every call of a layer from now on."""
     rows: list[int] = []
-    layer = functional.layer
+    layer = _call.layer
 
     def watched(cell: str, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         rows.append(x.shape[0])
