@@ -1,7 +1,7 @@
-// One dense layer in one direction, from tensors to tensors: the short way of rnnkern/_fast.py.
+// Dense layers, from tensors to tensors: the short way of rnnkern/_fast.py.
 #pragma once
 #include <Python.h>
 
 namespace rnnkern {
-extern PyMethodDef kLayerMethods[];  // `bind` and `layer`, null-terminated
+extern PyMethodDef kLayerMethods[];  // `bind` and `stack`, null-terminated
 }

@@ -196,9 +196,9 @@ def _plain(
 
         groups, gates = num_layers * (1 + bidirectional), len(CELLS[cell].gates)
         return call_beneath_vmap(below, input, hx, params, groups, gates, batch_first)
-    if torch.is_grad_enabled() or num_layers != 1 or bidirectional:
+    if torch.is_grad_enabled():
         return None
-    found = _fast.sequence(cell, input, hx, params, bias, batch_first)
+    found = _fast.sequence(cell, input, hx, params, bias, num_layers, 1 + bidirectional, batch_first)
     return None if found is None else (found[0], found[1:])
 
 

@@ -1,14 +1,14 @@
 """Short ways through a small call on the CPU.
 
 A step of a small layer takes a few microseconds, and so does every tensor operation that the general way needs for
-views, states and checks. Here all conditions are read off once. One layer in one direction, dense, with no gradient to
-come, is one call of the C++ scan; one or two steps with a gradient to come are torch.nn's forward. Whatever does not
+views, states and checks. Here all conditions are read off once. Dense layers with no gradient to come are one call of
+the extension; one or two steps with a gradient to come are torch.nn's forward. Whatever does not
 fit, and every error, goes the general way: these functions then return None and have done nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from operator import is_
 from typing import Any
 
@@ -24,6 +24,7 @@ from rnnkern._options import PLAIN
 _CODES = {"rnn_tanh": (0, 1), "rnn_relu": (1, 1), "lstm": (2, 4), "gru": (3, 3), "mgu": (4, 2), "ligru": (7, 2)}
 _NARROW = (torch.bfloat16, torch.float16)  # c is kept in fp32 then, and given and taken in the module's dtype
 _STEP, _LAYER, _BATCH_FIRST = range(3)
+_CELL_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 _FORWARD: dict[str, Any] = {
     "rnn_tanh": torch.nn.RNN.forward,
     "rnn_relu": torch.nn.RNN.forward,
@@ -44,7 +45,7 @@ _threads = torch.get_num_threads
 _profiling = _profile.active
 _choice = dispatch._choice
 
-_kernel: Any = None  # rnnkern._cpu.layer once it is known to be there, False where it is not
+_kernel: Any = None  # rnnkern._cpu.stack once it is known to be there, False where it is not
 _isa = ""
 
 
@@ -58,7 +59,7 @@ def _load() -> Any:
         from rnnkern.backends.cpp import BACKEND
 
         if _cpu.bind(exchange, Tensor, torch.nn.Parameter, torch.empty_like, torch.float32):
-            _kernel, _isa = _cpu.layer, BACKEND.isa
+            _kernel, _isa = _cpu.stack, BACKEND.isa
     return _kernel
 
 
@@ -108,16 +109,16 @@ def layer(module: Any, cell: str, input: Any, hx: Any) -> tuple[Any, ...] | None
         if not all(map(is_, module._flat_weights, module._parameters.values())):
             return None
         return _torchs(module, cell, input, hx)
-    if module.num_layers != 1 or module.bidirectional:
+    if module.training and module.dropout:
         return None
     if hx is not None and cell != "lstm":
         hx = (hx,)
-    p = module._parameters
-    P = module.proj_size
-    parts = p.get("weight_ih_l0"), p.get("weight_hh_l0"), p.get("bias_ih_l0"), p.get("bias_hh_l0")
-    kind = _BATCH_FIRST if module.batch_first else _LAYER
-    w_hr = p.get("weight_hr_l0") if P else None
-    out = _run(module.bias, module.hidden_size, cell, kind, input, parts, P, w_hr, hx)
+    kind, directions = _BATCH_FIRST if module.batch_first else _LAYER, 1 + module.bidirectional
+    # None where a parametrization has replaced a parameter: it fits nothing.
+    weights = map(module._parameters.get, module._flat_weights_names)
+    out = _run(
+        module.bias, module.hidden_size, cell, kind, input, weights, module.proj_size, hx, module.num_layers, directions
+    )
     if out is None:
         return None
     y, h, c = out
@@ -133,28 +134,27 @@ def step(module: Any, cell: str, input: Any, hx: Any) -> tuple[Any, ...] | None:
             return None
         found = _torchs(module, f"{cell} cell", input, hx[0] if hx and cell != "lstm" else hx)
         return found if found is None or cell == "lstm" else (found,)
-    p = module._parameters
-    parts = p.get("weight_ih"), p.get("weight_hh"), p.get("bias_ih"), p.get("bias_hh")
-    out = _run(module.bias, module.hidden_size, cell, _STEP, input, parts, 0, None, hx)
+    names = _CELL_NAMES if module.bias else _CELL_NAMES[:2]
+    out = _run(module.bias, module.hidden_size, cell, _STEP, input, map(module._parameters.get, names), 0, hx)
     return out and (out[0:1] if out[2] is None else (out[0], out[2]))
 
 
 def sequence(
-    cell: str, input: Tensor, hx: tuple[Tensor, ...] | None, params: Sequence[Tensor], bias: bool, batch_first: bool
-) -> tuple[Tensor, ...] | None:
-    """One layer in one direction, with no gradient to come: its results as torch's op has them, or None.
+    cell: str, input: Tensor, hx: tuple[Tensor, ...] | None, params: Sequence[Tensor], bias: bool, layers: int,
+    directions: int, batch_first: bool,
+) -> tuple[Tensor, ...] | None:  # fmt: skip
+    """Layers without dropout, with no gradient to come: their results as torch's op has them, or None.
 
     `params` is torch's list of weights.
     """
     n = 4 if bias else 2
-    w_hr = params[n] if len(params) == n + 1 and cell == "lstm" else None
-    if type(input) is not Tensor or _closed() or len(params) != n + (w_hr is not None) or params[1].dim() != 2:
+    projected = cell == "lstm" and len(params) == layers * directions * (n + 1)
+    if type(input) is not Tensor or _closed() or len(params) < n or params[1].dim() != 2:
         return None
     width = params[1].shape[1]
-    parts = (*params[:2], *(params[2:4] if bias else (None, None)))
+    H, P = (params[n].shape[-1], width) if projected else (width, 0)
     kind = _BATCH_FIRST if batch_first else _LAYER
-    H, P = (width, 0) if w_hr is None else (w_hr.shape[-1], width)
-    out = _run(bias, H, cell, kind, input, parts, P, w_hr, hx)
+    out = _run(bias, H, cell, kind, input, params, P, hx, layers, directions)
     return out if out is None or out[2] is not None else out[:2]  # type: ignore[return-value]
 
 
@@ -165,16 +165,17 @@ def one_step(
     w_hh, bias = weights[1], weights[2] is not None
     if type(input) is not Tensor or _closed() or w_hh is None or w_hh.dim() != 2 or bias != (weights[3] is not None):
         return None
-    out = _run(bias, w_hh.size(1), cell, _STEP, input, weights, 0, None, hx)
+    out = _run(bias, w_hh.size(1), cell, _STEP, input, weights if bias else weights[:2], 0, hx)
     return out and (out[0:1] if out[2] is None else (out[0], out[2]))  # type: ignore[return-value]
 
 
 def _run(
-    bias: bool, H: int, cell: str, kind: int, input: Tensor, parts: tuple[Any, ...], P: int, w_hr: Any, hx: Any
-) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
+    bias: bool, H: int, cell: str, kind: int, input: Tensor, weights: Iterable[Any], P: int, hx: Any, layers: int = 1,
+    directions: int = 1,
+) -> tuple[Tensor, Tensor | None, Tensor | None] | None:  # fmt: skip
     """(output, h_n, c_n); a cell's h_n is its output, and None."""
     kernel = _load() if _kernel is None else _kernel
-    if not kernel or cell not in _CODES or (bias and (parts[2] is None or parts[3] is None)):
+    if not kernel or cell not in _CODES:
         return None
     number, gates = _CODES[cell]
     h = c = None
@@ -189,7 +190,7 @@ def _run(
                 if type(c) is not Tensor or c.dtype is not input.dtype:
                     return None
                 c = c.float()
-    given = (_isa, number, gates, H, P, _threads(), kind, input, *parts, w_hr, h, c)
+    given = (_isa, number, gates, H, P, _threads(), kind, layers, directions, bias, input, h, c, *weights)
     if _profiling():
         with torch.profiler.record_function(_profile.label("cpp", cell, "layer_forward")):
             out = kernel(*given)

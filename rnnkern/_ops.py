@@ -196,10 +196,9 @@ def _inference(
 ) -> list[Tensor]:
     """A call as it is outside of graphs, with every short way that it has there."""
     input, states = input.contiguous(), tuple(hx) or None
-    if layers == 1 and not bidirectional:
-        short = _fast.sequence(cell, input, states, params, bias, False)
-        if short is not None:
-            return list(short)
+    short = _fast.sequence(cell, input, states, params, bias, layers, 1 + bidirectional, False)
+    if short is not None:
+        return list(short)
     with torch.no_grad():
         y, final, _ = _call.run(cell, input, states, params, bias, layers, 0.0, False, bidirectional, False)
     return [y.contiguous(), *(h.contiguous() for h in final)]

@@ -189,8 +189,8 @@ def _dense(cell: str, original: _Torch) -> Callable[..., Any]:
         training: bool, bidirectional: bool, batch_first: bool,
     ) -> Any:  # fmt: skip
         states = tuple(hx) if two else (hx,)
-        if num_layers == 1 and not bidirectional and not _grad():
-            short = _fast.sequence(cell, input, states, params, bias, batch_first)
+        if not _grad() and not (training and dropout):
+            short = _fast.sequence(cell, input, states, params, bias, num_layers, 1 + bidirectional, batch_first)
             if short is not None:
                 return short
         options = (bias, num_layers, dropout, training, bidirectional, batch_first)
