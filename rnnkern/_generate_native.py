@@ -13,6 +13,7 @@ from rnnkern._generate_model import Network, Options, Steps, refusal
 from rnnkern.backends.base import accumulation_dtype
 
 TABLE = 64 << 20  # bytes of the first layer's products with every token, beyond which they are made step by step
+FEW = 8  # rows that a step multiplies in the time that it takes to read the weights
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Plan:
 
     def run(self, prompt: Tensor, lengths: Tensor, uniform: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         o, N = self.options, len(prompt)
-        engine, table = self._engine(prompt.numel() + N * o.most, N * o.beams)
+        engine, table = self._engine(prompt.shape[1] + o.most, N * o.beams)
         if self.states:
             given = [s.detach().repeat_interleave(o.beams, 1).contiguous() for s in self.states]
             engine.write(given[0], given[1] if len(given) > 1 else None, None)
@@ -83,11 +84,11 @@ class Plan:
             raise RuntimeError(refusal(row, step, peak))
         return tokens, counts, scores
 
-    def _engine(self, reads: int, rows: int) -> tuple[Any, Tensor]:
+    def _engine(self, steps: int, rows: int) -> tuple[Any, Tensor]:
         """The extension's stream with a head, packed, and what it reads for each token.
 
-        That is the token's embedding; or, where the embedding's product with the first layer's weights has fewer rows
-        than will be read, that product.
+        That is the token's embedding; or, where that is less work, the embedding's product with the first layer's
+        weights, made for all tokens at once.
         """
         from rnnkern import _cpu
         from rnnkern.backends import cpp
@@ -98,7 +99,7 @@ class Plan:
         assert w_ih is not None
         tokens = network.reads or 0
         bytes_of_gates = tokens * w_ih.shape[0] * torch.finfo(wide).bits // 8
-        as_gates = embedding is None or (tokens <= reads and bytes_of_gates <= TABLE)
+        as_gates = embedding is None or (tokens <= steps * max(rows, FEW) and bytes_of_gates <= TABLE)
         table = _embedded(embedding)
         if embedding is None:
             table = w_ih.to(wide).t()

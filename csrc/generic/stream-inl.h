@@ -308,17 +308,16 @@ class Stream final : public Stepper {
                   int64_t at, Kept* panel, int NV, int v) {
     int rows = left(end, first);
     if (bias) store(to.bias + at, load(bias + first, rows));
-    for (int i = 0; i < rows; i++) {
-      const Kept* from = w + (first + i) * K;
-      int32_t sum = 0;
-      for (int64_t k = 0; k < K; k++) {
-        Kept& one = panel[((k / M::kPair * NV + v) * n + i) * M::kPair + k % M::kPair];
-        one = from[k];
-        if constexpr (M::kScaled) sum += one;
-      }
-      if (!M::kScaled) continue;
-      to.scale[at + i] = scale[first + i];
-      to.offset[at + i] = -128 * sum;
+    for (int i = 0; M::kScaled && i < rows; i++) to.scale[at + i] = scale[first + i], to.offset[at + i] = 0;
+    constexpr int64_t kPiece = 16;  // of a sum: what is written of the panel then stays in the nearest cache
+    for (int64_t piece = 0; piece < K; piece += kPiece) {
+      const int64_t end = piece + kPiece < K ? piece + kPiece : K;
+      for (int i = 0; i < rows; i++)
+        for (int64_t k = piece; k < end; k++) {
+          const Kept one = w[(first + i) * K + k];
+          panel[((k / M::kPair * NV + v) * n + i) * M::kPair + k % M::kPair] = one;
+          if constexpr (M::kScaled) to.offset[at + i] -= 128 * one;
+        }
     }
   }
 
