@@ -5,6 +5,7 @@
 #include <chrono>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <stdexcept>
 #include <vector>
@@ -163,7 +164,7 @@ class Rows final : public Loop<T> {
   // By inversion of the distribution function, over the tokens in the order of their numbers.
   int64_t draw(const T* logits, double peak, double uniform) {
     this->stepper_.odds(logits, peak, this->call_.temperature, odds_.data());
-    if (this->call_.top_k || this->call_.top_p < 1) restrict(logits);
+    if (this->call_.top_k || this->call_.top_p < 1) restrict(logits, peak);
     // By blocks, whose sums are made first, and in few enough steps that depend on each other.
     constexpr int64_t kBlock = 64, kSums = 4;
     const int64_t V = this->shape_.V;
@@ -188,50 +189,77 @@ class Rows final : public Loop<T> {
   }
 
   // Leaves the odds of those that top_k and top_p name.
-  void restrict(const T* logits) {
-    const int64_t V = this->shape_.V, k = this->call_.top_k;
-    const double p = this->call_.top_p;
-    auto total = [this](size_t from, size_t to) {
-      double sum = 0;
-      for (size_t i = from; i < to; i++) sum += odds_[best_[i].index];
-      return sum;
-    };
-    double all = 0;
-    best_.clear();
-    if (k) {
-      for (int64_t j = 0; j < V; j++) add_to_best(best_, k, {logits[j], j});
-    } else {
-      for (int64_t j = 0; j < V; j++) all += odds_[j];
-      // All that have less than this are together less than 1 - p: none of them is needed.
-      for (int64_t j = 0; j < V; j++)
-        if (odds_[j] >= (1 - p) * all / V) best_.push_back({logits[j], j});
-    }
-    if (p < 1) {
-      // Those before `low` are needed, none from `high` on is.
-      const double wanted = p * (k ? total(0, best_.size()) : all);
-      double sum = 0;
-      size_t low = 0, high = best_.size();
-      while (low < high) {
-        size_t middle = low + (high - low) / 2;
-        std::nth_element(best_.begin() + low, best_.begin() + middle, best_.begin() + high);
-        double half = total(low, middle);
-        if (sum + half >= wanted) {
-          high = middle;
-        } else {
-          sum += half + odds_[best_[middle].index];
-          low = middle + 1;
-        }
-      }
-      best_.resize(low);
-    }
-    kept_.assign(V, 0);
-    for (const Candidate& one : best_) kept_[one.index] = odds_[one.index];
+  void restrict(const T* logits, double peak) {
+    kept_.assign(this->shape_.V, 0);
+    if (this->call_.top_k)
+      restrict_k(logits);
+    else
+      restrict_p(logits, peak);
     odds_.swap(kept_);
+  }
+
+  void restrict_k(const T* logits) {
+    constexpr int64_t kGroup = 8;
+    const int64_t V = this->shape_.V, k = this->call_.top_k;
+    // The k-th of the largest of groups is no more than the k-th of all: what is less is not among the best.
+    T least = -std::numeric_limits<T>::infinity();
+    if (k <= V / kGroup) {
+      largest_.clear();
+      for (int64_t j = 0; j + kGroup <= V; j += kGroup) {
+        T most = logits[j];
+        for (int64_t i = 1; i < kGroup; i++) most = logits[j + i] > most ? logits[j + i] : most;
+        largest_.push_back(most);
+      }
+      std::nth_element(largest_.begin(), largest_.begin() + (k - 1), largest_.end(), std::greater<T>());
+      least = largest_[k - 1];
+    }
+    best_.clear();
+    for (int64_t j = 0; j < V; j++)
+      if (logits[j] >= least) best_.push_back({logits[j], j});
+    std::nth_element(best_.begin(), best_.begin() + (k - 1), best_.end());
+    best_.resize(k);
+    double all = 0;
+    for (const Candidate& one : best_) all += odds_[one.index];
+    take(this->call_.top_p < 1 ? this->call_.top_p * all : 2 * all);
+  }
+
+  // By the mass in ranges of equal width: only the range in which it reaches p is looked at one by one.
+  void restrict_p(const T* logits, double peak) {
+    constexpr int64_t kRanges = 256;
+    const int64_t V = this->shape_.V;
+    const double p = this->call_.top_p;
+    double all = 0, mass[kRanges] = {};
+    for (int64_t j = 0; j < V; j++) all += odds_[j];
+    // All whose odds are less than a V-th of 1 - p are together less than 1 - p: none of them is needed.
+    double width = -std::log((1 - p) / V * all) * this->call_.temperature + 1e-9 * (1 + std::fabs(peak));
+    width = std::min(width, std::numeric_limits<double>::max());
+    auto range = [&](int64_t j) { return int64_t(std::min((peak - logits[j]) / width, 1.0) * (kRanges - 1)); };
+    for (int64_t j = 0; j < V; j++) mass[range(j)] += odds_[j];
+    double sum = 0;
+    int64_t reached = 0;
+    while (reached + 1 < kRanges && sum + mass[reached] < p * all) sum += mass[reached++];
+    best_.clear();
+    for (int64_t j = 0; j < V; j++) {
+      int64_t own = range(j);
+      if (own < reached) kept_[j] = odds_[j];
+      if (own == reached) best_.push_back({logits[j], j});
+    }
+    take(p * all - sum);
+  }
+
+  // Of the best as many as have these odds together, in their order, or all.
+  void take(double wanted) {
+    double sum = 0;
+    if (this->call_.top_p < 1) std::sort(best_.begin(), best_.end());
+    for (const Candidate& one : best_) {
+      if (sum >= wanted) return;
+      sum += kept_[one.index] = odds_[one.index];
+    }
   }
 
   int64_t alive_ = 0;
   std::vector<T> odds_;
-  std::vector<T> kept_;
+  std::vector<T> kept_, largest_;
   std::vector<double> sums_;
   std::vector<Candidate> best_;
 };

@@ -224,7 +224,8 @@ def expected(odds: Tensor, temperature: float, top_k: int | None, top_p: float) 
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p"),
     [(1.0, None, 1.0), (0.6, None, 1.0), (2.5, None, 1.0), (1.0, 5, 1.0), (1.0, 1, 1.0), (1.0, None, 0.7)]
-    + [(1.5, 12, 0.8), (1.0, None, 1e-9), (1.0, 99, 1.0), (1e-300, None, 1.0), (1e300, None, 1.0)],
+    + [(1.5, 12, 0.8), (1.0, None, 1e-9), (1.0, 99, 1.0), (1e-300, None, 1.0), (1e300, None, 1.0)]
+    + [(1e308, None, 0.5), (1e-300, 3, 0.5), (1.0, None, 1 - 1e-16)],
 )
 def test_drawn_as_the_distribution_says(temperature: float, top_k: int | None, top_p: float, engine: str) -> None:
     """100,000 draws after one prompt; chi-square at a level of 1e-6."""
@@ -286,7 +287,7 @@ def test_masked_tokens_are_never_drawn(engine: str) -> None:
     made = model("lstm", V=9)
     with torch.no_grad():
         made[2].bias[[0, 3, 8]] = -torch.inf
-    for options in ({}, {"top_k": 8}, {"top_p": 0.999}, {"temperature": 1e30}):
+    for options in ({}, {"top_k": 8}, {"top_p": 0.999}, {"temperature": 1e30}, {"temperature": 1e308, "top_p": 0.9}):
         out = generate(made, torch.zeros(50, 1, dtype=torch.int64), 20, do_sample=True, **options)
         assert not torch.isin(out.tokens, torch.tensor([0, 3, 8])).any()
     out = generate(made, torch.zeros(2, 1, dtype=torch.int64), 3, num_beams=400)
