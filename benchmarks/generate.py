@@ -55,13 +55,15 @@ def chosen(logits: Tensor, do_sample: bool = False, top_k: int | None = None, to
     return torch.multinomial(odds, 1).squeeze(-1)
 
 
-def loops(embedding: nn.Embedding, rnn: Any, head: nn.Linear, prompt: Tensor, options: dict[str, Any]) -> Iterator[Any]:
+def loops(
+    embedding: nn.Embedding, rnn: Any, head: nn.Linear, prompt: Tensor, count: int, options: dict[str, Any]
+) -> Iterator[tuple[str, Call]]:
     cell = {nn.LSTM: nn.LSTMCell, nn.GRU: nn.GRUCell}[type(rnn)](H, H)
     cell.load_state_dict({name.removesuffix("_l0"): value for name, value in rnn.state_dict().items()})
 
     def by_cell() -> Tensor:
         token, state, tokens = prompt[:, 0], None, []
-        for _ in range(TOKENS):
+        for _ in range(count):
             state = cell(embedding(token), state)
             token = chosen(head(state[0] if isinstance(state, tuple) else state), **options)
             tokens.append(token)
@@ -69,7 +71,7 @@ def loops(embedding: nn.Embedding, rnn: Any, head: nn.Linear, prompt: Tensor, op
 
     def by_layer() -> Tensor:
         token, state, tokens = prompt[:, 0], None, []
-        for _ in range(TOKENS):
+        for _ in range(count):
             y, state = rnn(embedding(token)[None], state)
             token = chosen(head(y[0]), **options)
             tokens.append(token)
@@ -79,22 +81,22 @@ def loops(embedding: nn.Embedding, rnn: Any, head: nn.Linear, prompt: Tensor, op
     yield "torch.nn layer loop", by_layer
 
 
-def sides(kind: str, B: int, options: dict[str, Any]) -> dict[str, Call]:
+def sides(kind: str, B: int, count: int, options: dict[str, Any]) -> dict[str, Call]:
     torch.manual_seed(0)
     rnn = {"lstm": nn.LSTM, "gru": nn.GRU}[kind](H, H)
     embedding, head, prompt = nn.Embedding(V, H), nn.Linear(H, V), torch.randint(V, (B, 1))
     model = embedding, rnn, head
 
     def ours() -> Tensor:
-        out = rnnkern.generate(model, prompt, TOKENS, **options)
+        out = rnnkern.generate(model, prompt, count, **options)
         assert out.backend == "cpp"
         return out.tokens
 
     def in_python() -> Tensor:
         with rnnkern.use_backend("torch"):
-            return rnnkern.generate(model, prompt, TOKENS, **options).tokens
+            return rnnkern.generate(model, prompt, count, **options).tokens
 
-    found: dict[str, Call] = {} if "num_beams" in options else dict(loops(*model, prompt, options))
+    found: dict[str, Call] = {} if "num_beams" in options else dict(loops(*model, prompt, count, options))
     found |= {"generate": ours, "generate in Python": in_python}
     if "do_sample" not in options:
         truth = in_python()
@@ -105,9 +107,9 @@ def sides(kind: str, B: int, options: dict[str, Any]) -> dict[str, Call]:
     return found
 
 
-def measured(kind: str, B: int, choice: str, rounds: int) -> Iterator[dict[str, Any]]:
+def measured(kind: str, B: int, choice: str, count: int, rounds: int) -> Iterator[dict[str, Any]]:
     """The ratio is that of the peer's time to the side's in the same round."""
-    entries = sides(kind, B, CHOICES[choice])
+    entries = sides(kind, B, count, CHOICES[choice])
     peer = PEER if PEER in entries else "generate in Python"
     taken: dict[str, list[float]] = {name: [] for name in entries}
     for r in range(rounds + 1):
@@ -115,12 +117,12 @@ def measured(kind: str, B: int, choice: str, rounds: int) -> Iterator[dict[str, 
             start = time.perf_counter()
             call()
             if r:  # the first is not counted
-                taken[name].append((time.perf_counter() - start) / TOKENS * 1e6)
+                taken[name].append((time.perf_counter() - start) / count * 1e6)
     for name in entries:
         ratios = [a / b for a, b in zip(taken[peer], taken[name], strict=True)]
         p20, *_, p80 = statistics.quantiles(ratios, n=5, method="inclusive")
         yield {
-            **{"cell": kind, "B": B, "H": H, "V": V, "tokens": TOKENS, "choice": choice, "side": name},
+            **{"cell": kind, "B": B, "H": H, "V": V, "tokens": count, "choice": choice, "side": name},
             **{"rounds": rounds, "us_per_step": f"{statistics.median(taken[name]):.4g}"},
             **{"ratio": f"{statistics.median(ratios):.4g}", "ratio_p20": f"{p20:.4g}", "ratio_p80": f"{p80:.4g}"},
         }
@@ -131,6 +133,7 @@ def main() -> int:
     parser.add_argument("--cell", nargs="*", default=["lstm", "gru"])
     parser.add_argument("--choice", nargs="*", default=list(CHOICES))
     parser.add_argument("--batch", nargs="*", type=int, default=[1, 64])
+    parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--out", type=Path, help="appended to; default: benchmarks/results/generate/<machine>.csv")
     args = parser.parse_args()
@@ -141,7 +144,7 @@ def main() -> int:
         for kind in args.cell:
             for B in args.batch:
                 for choice in args.choice:
-                    for row in measured(kind, B, choice, args.rounds):
+                    for row in measured(kind, B, choice, args.tokens, args.rounds):
                         append(out, shared | row, COLUMNS)
                         print(", ".join(f"{value}" for value in row.values()), flush=True)
     return 0

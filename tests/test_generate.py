@@ -210,7 +210,7 @@ def critical(freedom: int) -> float:
 def expected(odds: Tensor, temperature: float, top_k: int | None, top_p: float) -> Tensor:
     """By the definitions, one token after the other."""
     p = (odds / temperature).softmax(-1)
-    ranked = sorted(range(len(p)), key=lambda j: (-float(p[j]), j))[:top_k]
+    ranked = sorted(range(len(p)), key=lambda j: (-float(odds[j]), j))[:top_k]
     total, kept = sum(float(p[j]) for j in ranked), []
     for j in ranked:
         if sum(float(p[i]) for i in kept) >= top_p * total:
