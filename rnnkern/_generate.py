@@ -85,7 +85,7 @@ def generate(
         num_beams: width of the beam search. Default: 1
         length_penalty: exponent :math:`\alpha` of the number of new tokens, by which beam search divides their
             log-probability: :math:`\log P(Y) / |Y|^\alpha`, as is usual in libraries; Wu et al. 2016 have
-            :math:`((5 + |Y|) / 6)^\alpha`. Default: 1
+            :math:`((5 + |Y|) / 6)^\alpha`. From -10 to 10. Default: 1
         eos_token_id: token, or tokens, with which a row ends. Default: ``None``
         pad_token_id: what stands behind the end of a row. Default: the first of `eos_token_id`, or 0
         generator: for `do_sample`. What is drawn depends on its state, the rows and `max_new_tokens` alone, not on
@@ -204,7 +204,7 @@ def _options(
     temperature = _number("temperature", temperature, lambda t: 0 < t < math.inf, "a finite number above 0")
     top_p = _number("top_p", top_p, lambda p: 0 < p <= 1, "in (0, 1]")
     top_k = None if top_k is None else _integer("top_k", top_k, 1)
-    penalty = _number("length_penalty", penalty, math.isfinite, "a finite number")
+    penalty = _number("length_penalty", penalty, lambda a: -10 <= a <= 10, "a number from -10 to 10")
     if do_sample and beams > 1:
         raise ValueError("generate: do_sample and num_beams exclude each other: beam search does not draw")
     if not do_sample and (temperature != 1 or top_k is not None or top_p != 1):

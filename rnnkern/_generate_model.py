@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rnnkern.convert import PAIRS
-from rnnkern.seq2seq import Decoder, DecoderState
+from rnnkern.seq2seq import Decoder, DecoderState, Seq2Seq
 
 RECURRENT = tuple(kind for pair in PAIRS for kind in pair if not issubclass(kind, nn.RNNCellBase))
 
@@ -137,6 +137,10 @@ def steps_of(model: Any, state: Any) -> tuple[Steps, Any]:
         if model.attention is None and type(model) is Decoder:
             return Network(model.embedding, model.rnn, model.head), state.hx
         return Written(model), state
+    if isinstance(model, Seq2Seq):
+        raise TypeError(
+            "generate: for a Seq2Seq give model.decoder, and state=model.start(source)"
+        )
     if isinstance(model, tuple):
         if len(model) != 3:
             raise ValueError(f"generate: expected (embedding, rnn, head), got a tuple of {len(model)}")

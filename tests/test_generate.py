@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import signal
 import threading
 import warnings
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 import rnnkern
 from rnnkern import dispatch, generate
-from rnnkern.seq2seq import Decoder
+from rnnkern.seq2seq import Decoder, Encoder, Seq2Seq
 
 NATIVE = dispatch.unavailable("cpp") is None
 CELLS: dict[str, Any] = {
@@ -460,7 +461,11 @@ FINE = {"prompt": torch.tensor([[1, 2]]), "max_new_tokens": 3}
         ({"num_beams": 0}, ValueError, "num_beams must be an integer of 1 or more, got 0"),
         ({"num_beams": 2, "do_sample": True}, ValueError, "exclude each other"),
         ({"length_penalty": 0.5}, ValueError, "length_penalty is for beam search"),
-        ({"length_penalty": float("inf"), "num_beams": 2}, ValueError, "length_penalty must be a finite number"),
+        (
+            {"length_penalty": float("inf"), "num_beams": 2},
+            ValueError,
+            "must be a number from -10 to 10",
+        ),
         ({"eos_token_id": 11}, ValueError, r"eos_token_id must lie in \[0, 10\], got \[11\]"),
         ({"eos_token_id": [1, -1]}, ValueError, "eos_token_id must be an integer of 0 or more, got -1"),
         ({"pad_token_id": 0.5}, ValueError, "pad_token_id must be an integer"),
@@ -495,6 +500,7 @@ def test_bad_arguments(options: dict[str, Any], error: type, message: str, engin
         ((nn.Embedding(5, 6), nn.GRU(6, 8, bidirectional=True), nn.Linear(16, 5)), ValueError, "is bidirectional"),
         (7, TypeError, "got int"),
         (Decoder(9, 5, 8), TypeError, "a Decoder needs state="),
+        (Seq2Seq(Encoder(9, 5, 8), Decoder(9, 5, 8)), TypeError, "give model.decoder, and state=model.start"),
         (lambda token, state: token, TypeError, "to return logits and a state, got Tensor"),
         (lambda token, state: (token, state), ValueError, r"expected logits of shape \[1, V\], got \[1\]"),
         (lambda token, state: (token[:, None], state), ValueError, "logits in floating point, got torch.int64"),
@@ -559,3 +565,20 @@ def test_other_threads_run_meanwhile() -> None:
     going.set()
     thread.join()
     assert last > first
+
+
+@pytest.mark.skipif(not NATIVE, reason="no extension")
+def test_a_signal_ends_it() -> None:
+    """As ctrl-C does: long before the last of so many tokens."""
+
+    def ring(*_: Any) -> None:
+        raise InterruptedError("rang")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    try:
+        with rnnkern.use_backend("cpp"), pytest.raises(InterruptedError, match="rang"):
+            signal.setitimer(signal.ITIMER_REAL, 0.2)
+            generate(model("lstm", H=64), torch.randint(11, (16, 1)), 1_000_000)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
