@@ -138,9 +138,7 @@ def steps_of(model: Any, state: Any) -> tuple[Steps, Any]:
             return Network(model.embedding, model.rnn, model.head), state.hx
         return Written(model), state
     if isinstance(model, Seq2Seq):
-        raise TypeError(
-            "generate: for a Seq2Seq give model.decoder, and state=model.start(source)"
-        )
+        raise TypeError("generate: for a Seq2Seq give model.decoder, and state=model.start(source)")
     if isinstance(model, tuple):
         if len(model) != 3:
             raise ValueError(f"generate: expected (embedding, rnn, head), got a tuple of {len(model)}")
