@@ -95,7 +95,7 @@ def generate(
         A named tuple :class:`Generated` of `tokens`, `lengths`, `scores` and `backend`. Tokens of equal logits go by
         their number, the smaller first.
 
-    The network runs as it is: in training mode with dropout between its layers it drops, in Python. There is no
+    The network runs as it is: in training mode with dropout it drops, in Python. There is no
     derivative. In native code weights are copied and packed at each call. It runs on the thread that calls it, and
     other Python threads go on meanwhile.
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rnnkern import _fast, _stream, dispatch
 from rnnkern._generate_model import Network, Options, Steps, refusal
+from rnnkern._options import PLAIN
 from rnnkern.backends.base import accumulation_dtype
 
 TABLE = 64 << 20  # bytes of the first layer's products with every token, beyond which they are made step by step
@@ -43,8 +44,8 @@ class Plan:
             shape = _stream.Shape.of(rnn)
         except (TypeError, ValueError) as error:
             return str(error).removeprefix("Stream: ")
-        if rnn.training and rnn.dropout and rnn.num_layers > 1:
-            return "the network is in training mode, with dropout between its layers: call its eval() first"
+        if rnn.training and _drops(rnn):
+            return "the network is in training mode, with dropout: call its eval() first"
         weights = [*rnn.parameters(), *head.parameters(), *(steps.embedding.parameters() if steps.embedding else ())]
         dtype = weights[0].dtype
         if any(w.device.type != "cpu" for w in (*weights, prompt)):
@@ -55,12 +56,11 @@ class Plan:
             return "autocast is on"
         if not _fast.available():
             return dispatch.unavailable("cpp") or "this torch's tensors are not known to the extension"
-        states = () if state is None else (state,) if isinstance(state, Tensor) else tuple(state)
-        sizes = shape.sizes(len(prompt))
-        if state is not None and [tuple(s.shape) for s in states] != list(sizes):
-            return None  # the network's own error
-        if any(s.dtype != dtype or s.device.type != "cpu" for s in states):
-            return None
+        states = () if state is None else state if isinstance(state, tuple) else (state,)
+        if not all(isinstance(s, Tensor) and s.dtype == dtype and s.device.type == "cpu" for s in states) or (
+            state is not None and tuple(tuple(s.shape) for s in states) != shape.sizes(len(prompt))
+        ):
+            return None  # the network says what is wrong with it
         return cls(steps, shape, dtype, states, options)
 
     def run(self, prompt: Tensor, lengths: Tensor, uniform: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -116,6 +116,11 @@ class Plan:
         if not engine.pack(*flat, head.weight.detach().to(kept).contiguous(), bias, None):
             raise TypeError("generate: weights without numbers to read (of a transform or a trace?)")
         return engine, table.contiguous()
+
+
+def _drops(rnn: nn.RNNBase) -> bool:
+    options: Any = getattr(rnn, "options", PLAIN)
+    return bool((rnn.dropout and rnn.num_layers > 1) or options.recurrent_dropout or options.weight_dropout)
 
 
 def _not_plain(part: Any, kinds: tuple[type, ...]) -> str | None:

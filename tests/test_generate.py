@@ -427,6 +427,8 @@ def refusals() -> list[tuple[str, Any]]:
         ("Sequential is not Linear", (e, r, nn.Sequential(h))),
         ("zoneout", (e, rnnkern.GRU(6, 17, zoneout=0.1), h)),
         ("training mode, with dropout", (e, nn.GRU(6, 17, 2, dropout=0.5), h)),
+        ("training mode, with dropout", (e, rnnkern.GRU(6, 17, weight_dropout=0.5), h)),
+        ("training mode, with dropout", (e, rnnkern.GRU(6, 17, recurrent_dropout=0.5), h)),
         ("of one dtype", (e, r, nn.Linear(17, 11).double())),
     ]
 
@@ -480,6 +482,8 @@ FINE = {"prompt": torch.tensor([[1, 2]]), "max_new_tokens": 3}
         ({"lengths": [1, 1]}, ValueError, "lengths: expected 1 integers"),
         ({"lengths": [1.5]}, ValueError, "lengths: expected 1 integers"),
         ({"state": torch.zeros(1, 2, 17)}, RuntimeError, "Expected hidden size"),
+        ({"state": torch.zeros(1, 1, 17).double()}, (RuntimeError, ValueError), "dtype"),
+        ({"state": 7}, (AttributeError, TypeError), "int"),
     ],
 )
 def test_bad_arguments(options: dict[str, Any], error: type, message: str, engine: str) -> None:
