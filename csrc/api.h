@@ -105,7 +105,8 @@ struct StreamShape {
   Cell cell = Cell::lstm;
   DType dtype = DType::f32;  // of inputs, outputs and h; f64 only with whole weights
   Form form = Form::whole;
-  int64_t layers = 0, B = 0, I = 0, H = 0, P = 0;
+  int64_t layers = 0, B = 0, I = 0, H = 0, P = 0;  // I 0: the first layer's input comes as gates
+  int64_t V = 0;                                   // outputs of a linear head on the last layer; 0: there is none
   bool projected = false;
 };
 
@@ -116,13 +117,20 @@ struct StreamLayer {
   const float *s_ih = nullptr, *s_hh = nullptr, *s_hr = nullptr;  // [rows], for int8
 };
 
+struct StreamHead {
+  const void *w = nullptr, *b = nullptr;  // [V, P], [V]
+  const float* s = nullptr;               // [V], for int8
+};
+
 // Steps of a stream; strides in elements, rows of neighbouring ones.
 struct StreamCall {
   int64_t T = 1;
   const void* x = nullptr;  // [T, B, I]
   int64_t x_t = 0, x_b = 0;
-  void* y = nullptr;  // [T, B, P]
+  const void* const* gates = nullptr;  // [B] of [G*H] in the accumulation dtype, with I 0 and T 1: x W_ih^T
+  void* y = nullptr;                   // [T, B, P]; null: nobody asks for it
   int64_t y_t = 0, y_b = 0;
+  void* logits = nullptr;           // [B, V] after the last step, of the rows that advance, accumulation dtype; or null
   const uint8_t* active = nullptr;  // [B]: rows that advance; y of the others is zero; null: all
 };
 
@@ -130,10 +138,16 @@ struct StreamCall {
 class Stepper {
  public:
   virtual ~Stepper() = default;
-  virtual void pack(const StreamLayer* layers) = 0;
+  virtual void pack(const StreamLayer* layers, const StreamHead& head) = 0;
   virtual void run(const StreamCall& call) = 0;
   virtual void read(int state, void* to) const = 0;                            // [layers, B, width] in the dtype
   virtual void write(int state, const void* from, const uint8_t* active) = 0;  // from null: zero
+
+  virtual void select(const int64_t* from) = 0;  // [B]: every row's states become those of another
+
+  // Of a row of logits: the largest, NaN where any is; and exp((logits - peak) / temperature), with its sum.
+  virtual double highest(const void* logits) const = 0;
+  virtual double odds(const void* logits, double peak, double temperature, void* to) const = 0;
 };
 
 // The kernels of one instruction set.

@@ -1,5 +1,6 @@
 // rnnkern.Stream as a Python type of plain C functions, for a step takes a few microseconds: it owns a Stepper and
-// takes tensors. What does not fit gets None with nothing done, and rnnkern/stream.py finds out what it is.
+// takes tensors. What does not fit gets None with nothing done, and rnnkern/stream.py finds out what it is. With a head
+// it runs the loop of rnnkern.generate as well.
 #include "stream.h"
 
 #include <atomic>
@@ -9,6 +10,7 @@
 #include <vector>
 
 #include "api.h"
+#include "generate.h"
 #include "tensors.h"
 
 namespace rnnkern {
@@ -127,14 +129,18 @@ PyObject* run_chunk(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   Py_RETURN_TRUE;
 }
 
-// pack(w_ih, w_hh, b_ih, b_hh, w_hr, s_ih, s_hh, s_hr of every layer) -> whether they fit
+int64_t gates(const StreamShape& s) { return (s.cell == Cell::lstm ? 4 : s.cell == Cell::gru ? 3 : 1) * s.H; }
+
+DType sum_dtype(const StreamShape& s) { return s.dtype == DType::f64 ? DType::f64 : DType::f32; }
+
+// pack(w_ih, w_hh, b_ih, b_hh, w_hr, s_ih, s_hh, s_hr of every layer; w, b, s of the head) -> whether they fit
 PyObject* pack(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   Object* o = own(self);
   const StreamShape& s = o->shape;
   constexpr int kPerLayer = 8;
-  if (!arguments("pack", kPerLayer * s.layers, count)) return nullptr;
-  const int64_t rows = (s.cell == Cell::lstm ? 4 : s.cell == Cell::gru ? 3 : 1) * s.H;
-  const DType sums = s.dtype == DType::f64 ? DType::f64 : DType::f32;
+  if (!arguments("pack", kPerLayer * s.layers + (s.V ? 3 : 0), count)) return nullptr;
+  const int64_t rows = gates(s);
+  const DType sums = sum_dtype(s);
   std::vector<StreamLayer> layers(s.layers);
   auto weights = [&](PyObject* object, int64_t height, int64_t width, const void** data) {
     const int64_t sizes[] = {height, width};
@@ -152,16 +158,85 @@ PyObject* pack(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   };
   for (int64_t k = 0; k < s.layers; k++, args += kPerLayer) {
     StreamLayer& l = layers[k];
-    if (!weights(args[0], rows, k ? s.P : s.I, &l.w_ih) || !weights(args[1], rows, s.P, &l.w_hh) ||
-        !address(args[2], sums, &rows, 1, &l.b_ih) || !address(args[3], sums, &rows, 1, &l.b_hh) ||
-        !scales(args[5], rows, &l.s_ih) || !scales(args[6], rows, &l.s_hh))
+    if ((k || s.I) && !weights(args[0], rows, k ? s.P : s.I, &l.w_ih)) Py_RETURN_FALSE;
+    if (!weights(args[1], rows, s.P, &l.w_hh) || !address(args[2], sums, &rows, 1, &l.b_ih) ||
+        !address(args[3], sums, &rows, 1, &l.b_hh) || !scales(args[5], rows, &l.s_ih) ||
+        !scales(args[6], rows, &l.s_hh))
       Py_RETURN_FALSE;
     if (s.projected && (!weights(args[4], s.P, s.H, &l.w_hr) || !scales(args[7], s.P, &l.s_hr))) Py_RETURN_FALSE;
   }
+  StreamHead head;
+  if (s.V && (!weights(args[0], s.V, s.P, &head.w) || !address(args[1], sums, &s.V, 1, &head.b) ||
+              !scales(args[2], s.V, &head.s)))
+    Py_RETURN_FALSE;
   Turn turn(self);
   if (!turn) return nullptr;
-  o->stepper->pack(layers.data());
+  o->stepper->pack(layers.data(), head);
   Py_RETURN_TRUE;
+}
+
+// generate(prompt, lengths, table, uniform, stops, tokens, counts, scores, beams, temperature, top_k, top_p, penalty)
+// -> (row, step, peak) as Generation has them at its end, or None where something does not fit
+PyObject* generate(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+  if (!arguments("generate", 13, count)) return nullptr;
+  Object* o = own(self);
+  const StreamShape& s = o->shape;
+  GenerateCall call;
+  View prompt, lengths, table, uniform, stops, tokens, counts, scores;
+  const double temperature = PyFloat_AsDouble(args[9]), top_p = PyFloat_AsDouble(args[11]);
+  call.beams = PyLong_AsLongLong(args[8]), call.top_k = PyLong_AsLongLong(args[10]);
+  call.temperature = temperature, call.top_p = top_p, call.penalty = PyFloat_AsDouble(args[12]);
+  if (PyErr_Occurred()) return nullptr;
+  auto integers = [](View& view, PyObject* object, int ndim) {
+    if (!view.open(object) || view.ndim() != ndim) return false;
+    const int64_t own[] = {view.size(0), view.size(ndim - 1)};
+    return view.is(kDLInt, 64, own, ndim);
+  };
+  if (!integers(prompt, args[0], 2) || !integers(tokens, args[5], 2) || !table.open(args[2]) || table.ndim() != 2)
+    Py_RETURN_NONE;
+  call.N = prompt.size(0), call.L = prompt.size(1), call.most = tokens.size(1), call.reads = table.size(0);
+  const int64_t table_sizes[] = {call.reads, s.I ? s.I : gates(s)}, all[] = {call.N, call.most};
+  if (!s.V || s.V > call.reads || call.beams < 1 || call.N * call.beams != s.B || call.top_k < 0 ||
+      !table.is(s.I ? s.dtype : sum_dtype(s), table_sizes, 2) || !tokens.is(kDLInt, 64, all, 2) ||
+      !lengths.open(args[1]) || !lengths.is(kDLInt, 64, all, 1) || !counts.open(args[6]) ||
+      !counts.is(kDLInt, 64, all, 1))
+    Py_RETURN_NONE;
+  call.prompt = static_cast<const int64_t*>(prompt.data()), call.lengths = static_cast<const int64_t*>(lengths.data());
+  call.tokens = static_cast<int64_t*>(tokens.data()), call.counts = static_cast<int64_t*>(counts.data());
+  call.table = table.data();
+  if (args[3] != Py_None) {
+    if (call.beams > 1 || !uniform.open(args[3]) || !uniform.is(DType::f64, all, 2)) Py_RETURN_NONE;
+    call.uniform = static_cast<const double*>(uniform.data());
+  }
+  if (args[4] != Py_None) {
+    if (!integers(stops, args[4], 1)) Py_RETURN_NONE;
+    call.stops = static_cast<const int64_t*>(stops.data()), call.stop_count = stops.size(0);
+  }
+  if (call.beams > 1) {
+    if (!scores.open(args[7]) || !scores.is(DType::f64, all, 1)) Py_RETURN_NONE;
+    call.scores = static_cast<double*>(scores.data());
+  }
+  Turn turn(self);
+  if (!turn) return nullptr;
+  try {
+    std::unique_ptr<Generation> generation = make_generation(s, *o->stepper, call);
+    for (bool more = true; more;) {
+      std::exception_ptr error;
+      PyThreadState* released = PyEval_SaveThread();
+      try {
+        more = generation->advance();
+      } catch (...) {
+        error = std::current_exception();
+      }
+      PyEval_RestoreThread(released);
+      if (error) std::rethrow_exception(error);
+      if (PyErr_CheckSignals() != 0) return nullptr;
+    }
+    return Py_BuildValue("LLd", static_cast<long long>(generation->row), static_cast<long long>(generation->step),
+                         generation->peak);
+  } catch (const std::exception& error) {
+    return PyErr_Format(PyExc_RuntimeError, "%s", error.what());
+  }
 }
 
 // read(h, c) -> whether they fit: [layers, B, width], c only of LSTM
@@ -196,16 +271,16 @@ PyObject* write(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   Py_RETURN_TRUE;
 }
 
-// Stream(isa, cell, dtype, form, layers, B, I, H, P, projected): nothing packed yet, states zero.
+// Stream(isa, cell, dtype, form, layers, B, I, H, P, projected, V=0): nothing packed yet, states zero.
 PyObject* create(PyTypeObject* type, PyObject* args, PyObject*) {
   const char* isa;
   int cell, dtype, form, projected;
   StreamShape s;
-  long long layers, B, I, H, P;
-  if (!PyArg_ParseTuple(args, "siiiLLLLLp", &isa, &cell, &dtype, &form, &layers, &B, &I, &H, &P, &projected))
+  long long layers, B, I, H, P, V = 0;
+  if (!PyArg_ParseTuple(args, "siiiLLLLLp|L", &isa, &cell, &dtype, &form, &layers, &B, &I, &H, &P, &projected, &V))
     return nullptr;
   s.cell = Cell(cell), s.dtype = DType(dtype), s.form = Form(form), s.projected = projected != 0;
-  s.layers = layers, s.B = B, s.I = I, s.H = H, s.P = P;
+  s.layers = layers, s.B = B, s.I = I, s.H = H, s.P = P, s.V = V;
   if (s.dtype == DType::f64 && s.form != Form::whole)
     return PyErr_Format(PyExc_ValueError, "float64 has whole weights only");
   if (!bound()) return PyErr_Format(PyExc_RuntimeError, "bind was not called");
@@ -238,8 +313,13 @@ void destroy(PyObject* self) {
   Py_DECREF(type);
 }
 
-PyMethodDef kMethods[] = {fast<step>("step"), fast<run_chunk>("run"), fast<pack>("pack"),
-                          fast<read>("read"), fast<write>("write"),   {nullptr, nullptr, 0, nullptr}};
+PyMethodDef kMethods[] = {fast<step>("step"),
+                          fast<run_chunk>("run"),
+                          fast<pack>("pack"),
+                          fast<read>("read"),
+                          fast<write>("write"),
+                          fast<generate>("generate"),
+                          {nullptr, nullptr, 0, nullptr}};
 
 PyType_Slot kSlots[] = {{Py_tp_new, reinterpret_cast<void*>(create)},
                         {Py_tp_dealloc, reinterpret_cast<void*>(destroy)},

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import rnnkern
-from rnnkern.demo import CharacterModel, Text, generate, held_out_loss, read_text
+from rnnkern.demo import CharacterModel, Text, held_out_loss, read_text
 from rnnkern.diagnostics import StateMap, state_map
 
 HIDDEN, BATCH, LENGTH, ORDERS = 256, 32, 64, 6
@@ -81,8 +81,12 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     best = min(by_order, key=by_order.__getitem__)
     xz = compressed(text)
     print(f"bits per character: {bits:.2f}; counting, {best - 1} characters back: {by_order[best]:.2f}; xz: {xz:.2f}")
-    sample, _ = generate(model, text.prompt(), 300, args.seed)
-    print(f"\nwhat it writes after {text.decode(text.prompt().tolist())!r}:\n\n{text.decode(sample)}\n")
+    written = rnnkern.generate(
+        (model.embedding, model.rnn, model.head), text.prompt(), 300, do_sample=True, temperature=0.7,
+        generator=torch.Generator().manual_seed(args.seed),
+    )  # fmt: skip
+    sample = text.decode(written.tokens.tolist())
+    print(f"\nwhat it writes after {text.decode(text.prompt().tolist())!r}:\n\n{sample}\n")
 
     part = text.held[2000:2080]
     some = {"48 of the LSTM's units": state_map(model, part[:, None]).layers["rnn"][:, :48]}

@@ -77,6 +77,13 @@ class Stream final : public Stepper {
       l.row.allocate(s.B * l.stride);
       if (Cell::kStates > 1) l.c.allocate(s.B * blocks_ * n);
     }
+    if (s.V) {
+      const int64_t columns = ceil_div(s.V, n) * n;
+      head_.steps = ceil_div(s.P, M::kPair);
+      head_.bias.allocate(columns);
+      if (M::kScaled) head_.scale.allocate(columns), head_.offset.allocate(columns);
+      head_panels_.allocate(columns * head_.steps);
+    }
     m_.allocate(s.B * m_stride_);
     for (Owned<CT>& sums : sums_) sums.allocate(s.B * kWide * n);
     for (Owned<const A*>& a : a_) a.allocate(s.B);
@@ -93,19 +100,14 @@ class Stream final : public Stepper {
 #endif
   }
 
-  void pack(const StreamLayer* layers) override {
+  void pack(const StreamLayer* layers, const StreamHead& head) override {
     for (int64_t k = 0; k < s_.layers; k++) {
       Layer& l = layers_.layer[k];
       const StreamLayer& from = layers[k];
       for (int64_t b = 0; b < blocks_; b += kUnits) pack_gates(l, from, b);
-      for (int64_t b = 0; s_.projected && b < out_blocks_; b += kWide) {
-        int units = Range{0, out_blocks_}.take(b, kWide);
-        Kept* panel = (Kept*)(l.hr + b * n * l.part[kProjection].steps);
-        for (int u = 0; u < units; u++)
-          pack_block(l.part[kProjection], (const Kept*)from.w_hr, s_.H, nullptr, from.s_hr, (b + u) * n, s_.P,
-                     (b + u) * n, panel, units, u);
-      }
+      if (s_.projected) pack_wide(l.part[kProjection], l.hr, from.w_hr, s_.P, s_.H, nullptr, from.s_hr);
     }
+    if (s_.V) pack_wide(head_, head_panels_, head.w, s_.V, s_.P, head.b, head.s);
   }
 
   void run(const StreamCall& call) override {
@@ -117,12 +119,12 @@ class Stream final : public Stepper {
         enter(call.x, t * call.x_t + active_[i] * call.x_b, row(layers_.layer[0], i), s_.I);
       for (int64_t k = 0; k < s_.layers; k++) {
         Layer& l = layers_.layer[k];
-        advance(l, count);
+        advance(l, count, k ? nullptr : (const CT* const*)call.gates);
         for (int64_t i = 0; k + 1 < s_.layers && i < count; i++)
           copy_columns<A>(row(l, i) + l.h, row(layers_.layer[k + 1], i), {0, s_.P});
       }
       const Layer& last = layers_.layer[s_.layers - 1];
-      for (int64_t b = 0; b < s_.B; b++) {
+      for (int64_t b = 0; call.y && b < s_.B; b++) {
         int64_t at = t * call.y_t + b * call.y_b;
         if (call.active && !call.active[b])
           zero(call.y, at, s_.P);
@@ -131,6 +133,7 @@ class Stream final : public Stepper {
       }
       back_ = !back_;
     }
+    if (call.logits) read_out((CT*)call.logits, count);
   }
 
   void read(int state, void* to) const override {
@@ -160,6 +163,54 @@ class Stream final : public Stepper {
           enter(from, at, l.row + b * l.stride + l.h, width);
       }
     }
+  }
+
+  void select(const int64_t* from) override {
+    if (!spare_) spare_.allocate(s_.B * (s_.P > s_.H ? s_.P : s_.H) * sizeof(CT));
+    for (int64_t k = 0; k < s_.layers; k++) {
+      Layer& l = layers_.layer[k];
+      select_rows(l.row + l.h, l.stride, s_.P, from);
+      if (Cell::kStates > 1) select_rows((CT*)l.c, blocks_ * n, s_.H, from);
+    }
+  }
+
+  double highest(const void* logits) const override {
+    const CT* x = (const CT*)logits;
+    typename Simd<CT>::i strange = {};
+    V best = splat(-CT(__builtin_inf()));
+    int64_t j = 0;
+    for (; j + n <= s_.V; j += n) {
+      V one = load(x + j);
+      strange |= one != one;
+      best = at_least(one, best);
+    }
+    CT peak = best[0];
+    for (int i = 0; i < n; i++) {
+      if (strange[i]) return __builtin_nan("");
+      if (best[i] > peak) peak = best[i];
+    }
+    for (; j < s_.V; j++) {
+      if (x[j] != x[j]) return __builtin_nan("");
+      if (x[j] > peak) peak = x[j];
+    }
+    return peak;
+  }
+
+  double odds(const void* logits, double peak, double temperature, void* to) const override {
+    typedef Exp<CT> E;
+    const CT *x = (const CT*)logits, most = sizeof(CT) == 4 ? CT(3e38) : CT(1e300);
+    const CT top = CT(peak), divisor = temperature < 1 / most ? 1 / most : temperature > most ? most : CT(temperature);
+    V sum = {};
+    for (int64_t j = 0; j < s_.V; j += n) {
+      V power = (load(x + j, left(s_.V, j)) - top) / divisor, scale, p;
+      exp_parts<V, CT>(at_least(power, splat(-E::tiny)), &scale, &p);
+      V weight = power < -E::tiny ? V{} : scale * p + scale;
+      store((CT*)to + j, weight, left(s_.V, j));
+      sum += left(s_.V, j) == n ? weight : load((CT*)to + j, left(s_.V, j));
+    }
+    double total = 0;
+    for (int i = 0; i < n; i++) total += sum[i];
+    return total;
   }
 
  private:
@@ -212,6 +263,15 @@ class Stream final : public Stepper {
     return x;
   }
 
+  template <class T>
+  void select_rows(T* first, int64_t stride, int64_t size, const int64_t* from) {
+    T* spare = (T*)(char*)spare_;
+    for (int64_t b = 0; b < s_.B; b++)
+      if (from[b] != b) __builtin_memcpy(spare + b * size, first + from[b] * stride, size * sizeof(T));
+    for (int64_t b = 0; b < s_.B; b++)
+      if (from[b] != b) __builtin_memcpy(first + b * stride, spare + b * size, size * sizeof(T));
+  }
+
   A* row(const Layer& l, int64_t i) const { return l.row + active_[i] * l.stride; }
 
   // ---- packing -----------------------------------------------------------------------------------------------------
@@ -232,22 +292,32 @@ class Stream final : public Stepper {
       }
   }
 
+  // w [size, K] as panels of one vector for each of their columns.
+  void pack_wide(Matrix& to, W* panels, const void* w, int64_t size, int64_t K, const void* bias, const float* scale) {
+    const Range blocks{0, ceil_div(size, n)};
+    for (int64_t b = 0; b < blocks.end; b += kWide) {
+      int units = blocks.take(b, kWide);
+      for (int u = 0; u < units; u++)
+        pack_block(to, (const Kept*)w, K, (const CT*)bias, scale, (b + u) * n, size, (b + u) * n,
+                   (Kept*)(panels + b * n * to.steps), units, u);
+    }
+  }
+
   // Rows [first, end), n of them at most, of w [*, K] into vector v of a panel of NV, whose columns begin at `at`.
   void pack_block(Matrix& to, const Kept* w, int64_t K, const CT* bias, const float* scale, int64_t first, int64_t end,
                   int64_t at, Kept* panel, int NV, int v) {
     int rows = left(end, first);
     if (bias) store(to.bias + at, load(bias + first, rows));
-    for (int i = 0; i < rows; i++) {
-      const Kept* from = w + (first + i) * K;
-      int32_t sum = 0;
-      for (int64_t k = 0; k < K; k++) {
-        Kept& one = panel[((k / M::kPair * NV + v) * n + i) * M::kPair + k % M::kPair];
-        one = from[k];
-        if constexpr (M::kScaled) sum += one;
-      }
-      if (!M::kScaled) continue;
-      to.scale[at + i] = scale[first + i];
-      to.offset[at + i] = -128 * sum;
+    for (int i = 0; M::kScaled && i < rows; i++) to.scale[at + i] = scale[first + i], to.offset[at + i] = 0;
+    constexpr int64_t kPiece = 16;  // of a sum: what is written of the panel then stays in the nearest cache
+    for (int64_t piece = 0; piece < K; piece += kPiece) {
+      const int64_t end = piece + kPiece < K ? piece + kPiece : K;
+      for (int i = 0; i < rows; i++)
+        for (int64_t k = piece; k < end; k++) {
+          const Kept one = w[(first + i) * K + k];
+          panel[((k / M::kPair * NV + v) * n + i) * M::kPair + k % M::kPair] = one;
+          if constexpr (M::kScaled) to.offset[at + i] -= 128 * one;
+        }
     }
   }
 
@@ -267,7 +337,9 @@ class Stream final : public Stepper {
   // out[row][NV][n] = bias + left rows times a panel.
   void product(int slot, int64_t count, int NV, const W* panel, const W* next, int64_t steps, const Matrix& part,
                int64_t at, CT* out) {
-    if constexpr (!M::kScaled) {
+    if (!steps) {
+      for (int64_t i = 0; i < count * NV; i++) store(out + i * n, load(part.start(at + i % NV * n)));
+    } else if constexpr (!M::kScaled) {
       packed_rows<M>(count, NV, a_[slot], panel, next, steps, part.start(at), out);
     } else {
 #ifdef RK_VNNI
@@ -284,7 +356,7 @@ class Stream final : public Stepper {
     }
   }
 
-  void advance(Layer& l, int64_t count) {
+  void advance(Layer& l, int64_t count, const CT* const* gates) {
     set_rows(kInput, count, l.row, l.stride, l.I);
     if (!kJoined) set_rows(kHidden, count, l.row + l.h, l.stride, s_.P);
     const Matrix &x = l.part[kInput], &h = l.part[kHidden];
@@ -300,7 +372,7 @@ class Stream final : public Stepper {
         product(kInput, count, NV, panel, second, x.steps, x, at, sums_[0]);
         product(kHidden, count, NV, second, next, h.steps, h, at, sums_[1]);
       }
-      for (int64_t i = 0; i < count; i++) step_row(l, i, b, units);
+      for (int64_t i = 0; i < count; i++) step_row(l, i, b, units, gates ? gates[active_[i]] : nullptr);
     }
     if (s_.projected)
       project(l, count);
@@ -308,8 +380,8 @@ class Stream final : public Stepper {
       for (int64_t i = 0; i < count; i++) copy_columns<A>(m_ + active_[i] * m_stride_, row(l, i) + l.h, {0, s_.H});
   }
 
-  // The gates of one row's hidden units; h' goes to m, because other blocks still read h.
-  void step_row(Layer& l, int64_t i, int64_t block, int units) {
+  // The gates of one row's hidden units, with what is given of them; h' goes to m, because other blocks still read h.
+  void step_row(Layer& l, int64_t i, int64_t block, int units, const CT* given) {
     const CT *gx = sums_[0] + i * units * G * n, *gh = sums_[1] + i * units * G * n;
     A* m = m_ + active_[i] * m_stride_;
     for (int u = 0; u < units; u++) {
@@ -317,6 +389,7 @@ class Stream final : public Stepper {
       V x[G], h[G], state[Cell::kStates], plane[Cell::kPlanes];
       for (int k = 0; k < G; k++) {
         x[k] = load(gx + (u * G + k) * n);
+        if (given) x[k] += load(given + k * s_.H + j, left(s_.H, j));
         h[k] = kJoined ? V{} : load(gh + (u * G + k) * n);
       }
       if (Cell::kReadsH) state[0] = load(row(l, i) + l.h + j);
@@ -331,30 +404,44 @@ class Stream final : public Stepper {
   // h' = m W_hr^T.
   void project(Layer& l, int64_t count) {
     set_rows(kInput, count, m_, m_stride_, s_.H);
-    const Matrix& part = l.part[kProjection];
-    Walk walk{{0, out_blocks_}, kWide};
+    wide_product(l.part[kProjection], l.hr, s_.P, count, [&](int64_t i) { return row(l, i) + l.h; });
+  }
+
+  // The head on the last layer's h.
+  void read_out(CT* logits, int64_t count) {
+    const Layer& last = layers_.layer[s_.layers - 1];
+    set_rows(kInput, count, last.row + last.h, last.stride, s_.P);
+    wide_product(head_, head_panels_, s_.V, count, [&](int64_t i) { return logits + active_[i] * s_.V; });
+  }
+
+  // The left rows of slot kInput times panels of pack_wide.
+  template <class To>
+  RK_INLINE void wide_product(const Matrix& part, const W* panels, int64_t size, int64_t count, To to) {
+    Walk walk{{0, ceil_div(size, n)}, kWide};
     for (int64_t p = 0; p < walk.count(); p++) {
       int64_t b = walk[p];
       int units = walk.units(p);
-      product(kInput, count, units, l.hr + b * n * part.steps, l.hr + walk.next(p) * n * part.steps, part.steps, part,
-              b * n, sums_[0]);
+      product(kInput, count, units, panels + b * n * part.steps, panels + walk.next(p) * n * part.steps, part.steps,
+              part, b * n, sums_[0]);
       for (int64_t i = 0; i < count; i++)
         for (int u = 0; u < units; u++) {
           int64_t j = (b + u) * n;
-          V h = load(sums_[0] + (i * units + u) * n);
-          store(row(l, i) + l.h + j, as_stored(h), left(s_.P, j));
+          store(to(i) + j, as_stored(load(sums_[0] + (i * units + u) * n)), left(size, j));
         }
     }
   }
 
   StreamShape s_;
   Layers layers_;
+  Matrix head_;
+  Owned<W> head_panels_;
   int64_t blocks_, out_blocks_, m_stride_;
   bool back_ = false;
   Owned<A> m_;             // [B][m_stride_]: h' before the projection
   Owned<CT> sums_[2];      // [B][kWide][n] of one panel: x's, or both, and h's
   Owned<const A*> a_[2];   // [B]: left rows
   Owned<int64_t> active_;  // [B]: the rows that advance
+  Owned<char> spare_;
   Owned<uint8_t> planes_[2];
   Owned<Bytes> bytes_[2];
 };

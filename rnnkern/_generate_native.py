@@ -1,0 +1,143 @@
+"""The loop of :func:`rnnkern.generate` in native code: which models it takes, and what it is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rnnkern import _fast, _stream, dispatch
+from rnnkern._generate_model import Network, Options, Steps, refusal
+from rnnkern._options import PLAIN
+from rnnkern.backends.base import accumulation_dtype
+
+TABLE = 64 << 20  # bytes of the first layer's products with every token, beyond which they are made step by step
+FEW = 8  # rows that a step multiplies in the time that it takes to read the weights
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A call that runs in native code."""
+
+    network: Network
+    shape: _stream.Shape
+    dtype: torch.dtype
+    states: tuple[Tensor, ...]
+    options: Options
+
+    @classmethod
+    def of(cls, steps: Steps, prompt: Tensor, state: Any, options: Options) -> Plan | str | None:
+        """The reason where there is none; None where another backend was asked for, or there is nothing to do."""
+        if dispatch.requested() not in (None, "cpp") or not len(prompt):
+            return None
+        if not isinstance(steps, Network):
+            return "the model is not an embedding, a recurrent network and a head"
+        rnn, head = steps.rnn, steps.head
+        for part, kinds in ((steps.embedding, (nn.Embedding, nn.Linear)), (head, (nn.Linear,))):
+            if part is not None and (reason := _not_plain(part, kinds)):
+                return reason
+        if getattr(steps.embedding, "max_norm", None) is not None:
+            return "the embedding has max_norm"
+        try:
+            shape = _stream.Shape.of(rnn)
+        except (TypeError, ValueError) as error:
+            return str(error).removeprefix("Stream: ")
+        if rnn.training and _drops(rnn):
+            return "the network is in training mode, with dropout: call its eval() first"
+        weights = [*rnn.parameters(), *head.parameters(), *(steps.embedding.parameters() if steps.embedding else ())]
+        dtype = weights[0].dtype
+        if any(w.device.type != "cpu" for w in (*weights, prompt)):
+            return "there is no native loop for other devices than the CPU"
+        if dtype not in dispatch.DTYPES or any(w.dtype != dtype for w in weights):
+            return "expected weights of one dtype, float64, float32, bfloat16 or float16"
+        if torch.is_autocast_enabled("cpu"):
+            return "autocast is on"
+        if not _fast.available():
+            return dispatch.unavailable("cpp") or "this torch's tensors are not known to the extension"
+        states = () if state is None else state if isinstance(state, tuple) else (state,)
+        if not all(isinstance(s, Tensor) and s.dtype == dtype and s.device.type == "cpu" for s in states) or (
+            state is not None and tuple(tuple(s.shape) for s in states) != shape.sizes(len(prompt))
+        ):
+            return None  # the network says what is wrong with it
+        return cls(steps, shape, dtype, states, options)
+
+    def run(self, prompt: Tensor, lengths: Tensor, uniform: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        o, N = self.options, len(prompt)
+        engine, table = self._engine(prompt.shape[1] + o.most, N * o.beams)
+        if self.states:
+            given = [s.detach().repeat_interleave(o.beams, 1).contiguous() for s in self.states]
+            engine.write(given[0], given[1] if len(given) > 1 else None, None)
+        tokens, counts = torch.full((N, o.most), o.pad), torch.empty(N, dtype=torch.int64)
+        scores = torch.empty(N, dtype=torch.float64) if o.beams > 1 else None
+        stops = torch.tensor(o.stops) if o.stops else None
+        top_k = 0 if o.top_k is None or o.top_k >= self.network.head.out_features else o.top_k
+        found = engine.generate(
+            prompt.contiguous(), lengths.contiguous(), table, uniform, stops, tokens, counts, scores,
+            o.beams, o.temperature, top_k, o.top_p, o.penalty,
+        )  # fmt: skip
+        if found is None:
+            raise TypeError("generate: tensors without numbers to read (of a transform or a trace?)")
+        row, step, peak = found
+        if row >= 0:
+            raise RuntimeError(refusal(row, step, peak))
+        return tokens, counts, scores
+
+    def _engine(self, steps: int, rows: int) -> tuple[Any, Tensor]:
+        """The extension's stream with a head, packed, and what it reads for each token.
+
+        That is the token's embedding; or, where that is less work, the embedding's product with the first layer's
+        weights, made for all tokens at once.
+        """
+        from rnnkern import _cpu
+        from rnnkern.backends import cpp
+
+        s, network, wide = self.shape, self.network, accumulation_dtype(self.dtype)
+        flat = _stream.snapshot(network.rnn, s, self.dtype, None)
+        w_ih, embedding = flat[0], network.embedding
+        assert w_ih is not None
+        tokens = network.reads or 0
+        bytes_of_gates = tokens * w_ih.shape[0] * torch.finfo(wide).bits // 8
+        as_gates = embedding is None or (tokens <= steps * max(rows, FEW) and bytes_of_gates <= TABLE)
+        table = _embedded(embedding)
+        if embedding is None:
+            table = w_ih.to(wide).t()
+        elif as_gates:
+            table = table.to(wide) @ w_ih.to(wide).t()  # type: ignore[union-attr]
+        assert table is not None
+        form = _stream.FORMS["bf16" if self.dtype == torch.bfloat16 else None]
+        cell, dtype = cpp.CELL_NUMBERS[s.cell], cpp.DTYPE_NUMBERS[self.dtype]
+        sizes = (s.layers, rows, 0 if as_gates else s.I, s.H, s.P)
+        head = network.head
+        engine = _cpu.Stream(cpp.BACKEND.isa, cell, dtype, form, *sizes, s.projected, head.out_features)
+        kept = torch.bfloat16 if self.dtype == torch.bfloat16 else wide
+        bias = None if head.bias is None else head.bias.detach().to(wide).contiguous()
+        if not engine.pack(*flat, head.weight.detach().to(kept).contiguous(), bias, None):
+            raise TypeError("generate: weights without numbers to read (of a transform or a trace?)")
+        return engine, table.contiguous()
+
+
+def _drops(rnn: nn.RNNBase) -> bool:
+    options: Any = getattr(rnn, "options", PLAIN)
+    return bool((rnn.dropout and rnn.num_layers > 1) or options.recurrent_dropout or options.weight_dropout)
+
+
+def _not_plain(part: Any, kinds: tuple[type, ...]) -> str | None:
+    """Why a module may compute something else than its class does."""
+    name = type(part).__name__
+    if type(part) not in kinds:
+        return f"{name} is not {' or '.join(kind.__name__ for kind in kinds)}"
+    if part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__:
+        return f"the {name} has hooks or a forward of its own"
+    return None
+
+
+def _embedded(embedding: Any) -> Tensor | None:
+    """What the embedding makes of every token, `(V, I)`."""
+    if embedding is None:
+        return None
+    weight = embedding.weight.detach()
+    if isinstance(embedding, nn.Embedding):
+        return weight
+    return weight.t() if embedding.bias is None else weight.t() + embedding.bias.detach()
