@@ -155,7 +155,7 @@ class Cpp:
         keep_masks, options = _options(inputs, spec.grad_clip)
         normed = "ln_hh" in spec.params
         product = _products(inputs, y) if normed else y.new_empty(0)
-        projected_raw = _projected(inputs, outputs.hidden) if spec.proj_clip else y.new_empty(0)
+        projected_raw = _projected(inputs, outputs.hidden) if spec.proj_clip and projected else y.new_empty(0)
         dprod = new((S, N, G * H) if normed else (0,), dtype=dtype)
         dsmall = [
             tuple(torch.zeros_like(p, dtype=accumulation_dtype(dtype)) for p in _small(spec, group))
