@@ -48,9 +48,8 @@ PyObject* stack(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const int64_t per = 2 + 2 * bias + projected;
   if (layers < 1 || directions < 1 || directions > 2 || count != kFirst + layers * directions * per) Py_RETURN_NONE;
 
-  Weights w[2];
   Forward f;
-  f.cell = Cell(number[0]), f.N = directions, f.weights = w, f.threads = int(number[4]);
+  f.cell = Cell(number[0]), f.N = directions, f.threads = int(number[4]);
   const int64_t rows = number[1] * number[2];
   const int kind = int(number[5]), ndim = kind ? 3 : 2;
   View x;
@@ -101,7 +100,7 @@ PyObject* stack(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (layers * directions * f.S * rows * (width + f.P) > kLong) released = PyEval_SaveThread();
     for (int64_t k = 0; k < layers; k++) {
       const int64_t done = k * directions * f.B;
-      for (int64_t d = 0; d < directions; d++) w[d] = all[k * directions + d];
+      f.weights = all.data() + k * directions;
       f.x = k ? f.y : x.data(), f.I = f.x_s = f.x_m = k ? directions * f.P : width;
       f.y = k == layers - 1 ? last : between[k % 2].get();
       f.state[0] = h_0 ? static_cast<const char*>(h_0) + done * f.P * bytes : nullptr;

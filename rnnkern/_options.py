@@ -7,6 +7,7 @@ keywords; what they do to a layer's call is in _regularised.py.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypedDict
 
@@ -206,8 +207,13 @@ class Extended(torch.nn.Module):
 
     def _extra_names(self) -> list[str]:
         """Of the parameters beyond torch.nn's, in the order of their layers and directions."""
-        ends = [f"_l{k}{end}" for k in range(self.num_layers) for end in ("", "_reverse")[: 1 + self.bidirectional]]
+        ends = self._ends(range(self.num_layers))
         return [name + end for end in ends for name in self.options.extra(self._cell)]
+
+    def _ends(self, layers: Iterable[int]) -> list[str]:
+        """Of the names of these layers' parameters, in every direction."""
+        sides = ("", "_reverse")[: 1 + self.bidirectional]
+        return [f"_l{k}{side}" for k in layers for side in sides]
 
     def _reset_norms(self) -> None:
         for name in self._extra_names():

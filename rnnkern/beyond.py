@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -230,11 +230,6 @@ class LiGRU(_OneState):
             self.register_parameter("bn_ih" + end, torch.nn.Parameter(like.new_ones(like.shape[0])))
             self.register_buffer("bn_mean" + end, like.new_zeros(like.shape[0]))
             self.register_buffer("bn_var" + end, like.new_ones(like.shape[0]))
-
-    def _ends(self, layers: Iterable[int]) -> list[str]:
-        """Of the names of layers' parameters in every direction."""
-        sides = ("", "_reverse")[: 1 + self.bidirectional]
-        return [f"_l{k}{side}" for k in layers for side in sides]
 
     def reset_parameters(self) -> None:
         super().reset_parameters()

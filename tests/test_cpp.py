@@ -9,13 +9,14 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from isas import instruction_sets
 from scans import (
     DTYPES,
     REFERENCE,
@@ -47,17 +48,6 @@ from rnnkern import _cpu
 from rnnkern.backends.cpp import Cpp
 
 PROJECTING = ["lstm"]  # the one cell with a width of h apart from H
-
-
-def instruction_sets() -> list[Any]:
-    found = []
-    for isa in _cpu.isas():
-        try:
-            _cpu.chosen(isa)
-            found.append(isa)
-        except RuntimeError as error:
-            found.append(pytest.param(isa, marks=pytest.mark.skip(reason=str(error))))
-    return found
 
 
 every_isa = pytest.mark.parametrize("isa", instruction_sets())
@@ -95,9 +85,11 @@ def cases() -> list[Case]:
 
 
 @lru_cache(maxsize=4)
-def expected(case: Case) -> tuple[ScanInputs, tuple, tuple[Results, Results, ScanOutputs | None]]:
-    """Inputs, gradients given, and what `references` gives."""
-    inputs = inputs_of(case)
+def expected(
+    case: Case, make: Callable[[Case], ScanInputs] = inputs_of
+) -> tuple[ScanInputs, tuple, tuple[Results, Results, ScanOutputs | None]]:
+    """Inputs as `make` makes them, gradients given, and what `references` gives."""
+    inputs = make(case)
     grads = gradients_of(case, inputs)
     return inputs, grads, references(inputs, grads)
 
@@ -414,7 +406,7 @@ def test_activations_to_the_last_places(name: str, dtype: torch.dtype, isa: str)
 def test_instruction_sets_agree(dtype: torch.dtype) -> None:
     case = Case("gru", dtype, T=20, B=7, H=33)
     inputs = inputs_of(case)
-    sets = [isa for isa in instruction_sets() if isinstance(isa, str)]
+    sets = [isa.values[0] for isa in instruction_sets() if not isa.marks]
     assert sets, "the baseline is everywhere"
     results = [Cpp(isa).forward(inputs).y for isa in sets]
     bound = EXACT if dtype == torch.float64 else FLOOR * torch.finfo(dtype).eps * case.T

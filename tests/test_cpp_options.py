@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from functools import lru_cache
 
 import pytest
 import torch
-from scans import Case, Results, agree, gradients_of, inputs_of, references, run
-from test_cpp import cases, every_isa
+from scans import Case, agree, inputs_of, run
+from test_cpp import cases, every_isa, expected
 
-from rnnkern.backends.base import ScanInputs, ScanOutputs
+from rnnkern.backends.base import ScanInputs
 from rnnkern.backends.cpp import Cpp
 from rnnkern.cells import CELLS
 
@@ -49,18 +48,10 @@ def with_options(case: Case) -> ScanInputs:
     return dataclasses.replace(inputs, spec=spec, noise=noise, params=params)
 
 
-@lru_cache(maxsize=4)
-def expected(case: Case) -> tuple[ScanInputs, tuple, tuple[Results, Results, ScanOutputs | None]]:
-    """Inputs, gradients given, and what `references` gives."""
-    inputs = with_options(case)
-    grads = gradients_of(case, inputs)
-    return inputs, grads, references(inputs, grads)
-
-
 @every_isa
 @pytest.mark.parametrize("case", cases()[::2], ids=str)
 def test_equals_the_reference(case: Case, isa: str) -> None:
-    inputs, grads, (yardstick, truth, saved) = expected(case)
+    inputs, grads, (yardstick, truth, saved) = expected(case, with_options)
     backend = Cpp(isa)
     before = torch.get_num_threads()
     try:

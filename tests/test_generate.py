@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from isas import NATIVE, instruction_sets
 from torch import Tensor, nn
 
 import rnnkern
-from rnnkern import dispatch, generate
+from rnnkern import generate
 from rnnkern.seq2seq import Decoder, Encoder, Seq2Seq
 
-NATIVE = dispatch.unavailable("cpp") is None
 CELLS: dict[str, Any] = {
     "rnn_tanh": nn.RNN,
     "rnn_relu": lambda *a, **k: nn.RNN(*a, nonlinearity="relu", **k),
@@ -29,22 +29,7 @@ CELLS: dict[str, Any] = {
 cells = pytest.mark.parametrize("cell", CELLS)
 
 
-def engines() -> list[Any]:
-    """The loop in Python, and the native one on every instruction set of the extension."""
-    found = [pytest.param("python", id="python")]
-    if NATIVE:
-        from rnnkern import _cpu
-
-        for isa in _cpu.isas():
-            try:
-                _cpu.chosen(isa)
-                found.append(pytest.param(isa, id=isa))
-            except RuntimeError as error:
-                found.append(pytest.param(isa, id=isa, marks=pytest.mark.skip(reason=str(error))))
-    return found
-
-
-@pytest.fixture(params=engines())
+@pytest.fixture(params=[pytest.param("python", id="python"), *instruction_sets()])
 def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """What generates while this holds."""
     if request.param == "python":

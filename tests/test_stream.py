@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from isas import instruction_sets
 from tolerance import check
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -26,26 +27,10 @@ CELLS: dict[str, Callable[..., nn.Module]] = {
     "gru": nn.GRU,
 }
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-NATIVE = dispatch.unavailable("cpp") is None
 cells = pytest.mark.parametrize("cell", CELLS)
 
 
-def engines() -> list[Any]:
-    """Every instruction set of the extension, and the functional call on a backend."""
-    found = [pytest.param("reference", id="reference")]
-    if NATIVE:
-        from rnnkern import _cpu
-
-        for isa in _cpu.isas():
-            try:
-                _cpu.chosen(isa)
-                found.append(pytest.param(isa, id=isa))
-            except RuntimeError as error:
-                found.append(pytest.param(isa, id=isa, marks=pytest.mark.skip(reason=str(error))))
-    return found
-
-
-@pytest.fixture(params=engines())
+@pytest.fixture(params=[pytest.param("reference", id="reference"), *instruction_sets()])
 def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Streams made while this holds run there."""
     if request.param == "reference":
