@@ -128,7 +128,7 @@ def run(
 
         lacks = torch_kernels.cannot(lengths is not None, reset is not None, return_states, memory, scanned)
         fits = dispatch.may_torch(lacks)
-        if torch_kernels.transformed():
+        if torch_kernels.transformed() and not dispatch.to_onnx():
             backend = "reference" if dispatch.requested() == "torch" else None
         elif fits:
             dispatch.ran("torch")

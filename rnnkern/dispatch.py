@@ -193,20 +193,21 @@ def wants_torch(
     """Whether torch's own kernel should take this call: asked for, or better than the scan backends that are there.
 
     Automatic choice takes it on devices without a fast scan backend, for dtypes that no scan backend has, in
-    torch.jit.trace (whose graphs run where rnnkern is not), on a CUDA device unless Triton's kernels are faster
-    (_cuda.py), on a CPU without the C++ extension where it is faster than what is left, and for one or two steps with a
-    gradient to come: torch's handful of operations then costs less than one custom function (but for the LSTM module,
-    which repacks its weights at every call).
+    torch.jit.trace and torch.onnx.export (whose graphs run where rnnkern is not), on a CUDA device unless Triton's
+    kernels are faster (_cuda.py), on a CPU without the C++ extension where it is faster than what is left, and for one
+    or two steps with a gradient to come: torch's handful of operations then costs less than one custom function (but
+    for the LSTM module, which repacks its weights at every call).
     """
     name = _choice.requested
     if cell.removesuffix("_cell") not in TORCHS:
+        if goes_elsewhere():  # a trace would hold the sizes of its example, and not say so
+            how = "torch.onnx.export" if to_onnx() else "torch.jit.trace"
+            raise RuntimeError(f"{how} cannot follow {cell}, which torch does not have; torch.export can")
         may_torch(f"torch has no {cell}")
-        if torch._C._get_tracing_state() is not None:  # it would hold the sizes of its example, and not say so
-            raise RuntimeError(f"torch.jit.trace cannot follow {cell}, which torch does not have; torch.export can")
         return False
     if name is not None:
         return name == "torch"
-    if dtype not in DTYPES or torch._C._get_tracing_state() is not None:
+    if dtype not in DTYPES or goes_elsewhere():
         return True
     if device.type != "cpu":
         if device.type != "cuda" or sizes is None:
@@ -216,6 +217,17 @@ def wants_torch(
     if cell != "lstm" and torch.is_grad_enabled() and not _watched() and 0 < steps <= FEW_STEPS:
         return True
     return unavailable("cpp") is not None and _torch_is_faster(dtype, cell, batch, packed)
+
+
+def goes_elsewhere() -> bool:
+    """Whether a graph is being made that will run where rnnkern is not."""
+    return torch._C._get_tracing_state() is not None or to_onnx()
+
+
+@constant  # Dynamo does not follow ONNX's modules
+def to_onnx() -> bool:
+    """Whether torch.onnx.export is making a program for ONNX, which has nodes for torch's operations alone."""
+    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
 
 
 def _watched() -> bool:
@@ -245,8 +257,10 @@ def may_torch(refused: str) -> bool:
     """Whether it can, given what in the call it cannot do (empty: nothing).
 
     Raises:
-        RuntimeError: torch's kernels were asked for by name and cannot do it.
+        RuntimeError: torch's kernels were asked for by name, or are all that torch.onnx.export has, and cannot do it.
     """
+    if refused and to_onnx():
+        raise RuntimeError(f"torch.onnx.export has nodes for what torch.nn does, and that has no {refused}")
     if refused and _choice.requested == "torch":
         raise RuntimeError(f"backend 'torch' was asked for and cannot do this call: {refused}")
     return not refused

@@ -106,15 +106,32 @@ def test_aot_inductor_package(model: nn.Module, tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("dynamo", [False, True])
-def test_onnx_through_restore(model: nn.Module, dynamo: bool) -> None:
+def test_onnx(model: nn.Module, dynamo: bool) -> None:
+    """ONNX's own nodes for recurrent networks, as of torch.nn's modules."""
     runtime = pytest.importorskip("onnxruntime")
     if dynamo:
         pytest.importorskip("onnxscript")
-    restored, file = rnnkern.restore(copy.deepcopy(model)), io.BytesIO()
-    torch.onnx.export(restored, (TOKENS[0],), file, dynamo=dynamo, input_names=["tokens"])
+    file = io.BytesIO()
+    torch.onnx.export(model, (TOKENS[0],), file, dynamo=dynamo, input_names=["tokens"])
     session = runtime.InferenceSession(file.getvalue())
     found = session.run(None, {"tokens": TOKENS[0].numpy()})[0]
     assert torch.allclose(torch.from_numpy(found), model(TOKENS[0]), atol=1e-5)  # ONNX Runtime's kernels, not ours
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "module, keywords, reason",
+    [
+        (rnnkern.GRU(6, 5), {"lengths": torch.tensor([4, 2])}, "torch.nn does, and that has no lengths="),
+        (rnnkern.LSTM(6, 5, layer_norm=True).eval(), {}, "torch.nn does, and that has no layer_norm="),
+        (rnnkern.MGU(6, 5), {}, "torch.onnx.export cannot follow mgu, which torch does not have"),
+    ],
+    ids=["lengths", "layer_norm", "mgu"],
+)
+def test_onnx_has_torchs_networks_only(module: nn.Module, keywords: dict[str, Any], reason: str) -> None:
+    pytest.importorskip("onnxscript")
+    with pytest.raises(torch.onnx.errors.OnnxExporterError, match=reason):
+        torch.onnx.export(module, (torch.randn(4, 2, 6),), io.BytesIO(), kwargs=keywords, dynamo=True)
 
 
 @pytest.mark.parametrize("kind", EVERY)
