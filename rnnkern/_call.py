@@ -63,12 +63,19 @@ def run(
         )  # fmt: skip
     two = cell == "lstm"
     packed = batch_sizes is not None
-    plain = options is PLAIN and not (packed or return_states) and lengths is None and reset is reset_state is None
-    plain = plain and memory == "save" and project is None and not (training and dropout and num_layers > 1)
+    torchs = options is PLAIN and not packed and project is None and not (training and dropout and num_layers > 1)
+    plain = torchs and lengths is None and reset is reset_state is None and not return_states and memory == "save"
     if plain:
         short = _plain(cell, input, hx, params, bias, num_layers, bidirectional, batch_first)
         if short is not None:
             return *short, ()
+    elif torchs and not torch.is_grad_enabled() and memory in ("save", "recompute"):
+        found = _fast.sequence(
+            cell, input, hx, params, bias, num_layers, 1 + bidirectional, batch_first, lengths, reset, reset_state,
+            return_states,
+        )  # fmt: skip
+        if found is not None:
+            return found
     batched = True
     D = 2 if bidirectional else 1
     if packed:
@@ -199,7 +206,7 @@ def _plain(
     if torch.is_grad_enabled():
         return None
     found = _fast.sequence(cell, input, hx, params, bias, num_layers, 1 + bidirectional, batch_first)
-    return None if found is None else (found[0], found[1:])
+    return found and found[:2]
 
 
 def _traced() -> bool:

@@ -24,6 +24,7 @@ from rnnkern._options import PLAIN
 _CODES = {"rnn_tanh": (0, 1), "rnn_relu": (1, 1), "lstm": (2, 4), "gru": (3, 3), "mgu": (4, 2), "ligru": (7, 2)}
 _NARROW = (torch.bfloat16, torch.float16)  # c is kept in fp32 then, and given and taken in the module's dtype
 _STEP, _LAYER, _BATCH_FIRST = range(3)
+_PLAIN = (None, None, None, None)  # mask of resets, reset states, lengths
 _CELL_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 _FORWARD: dict[str, Any] = {
     "rnn_tanh": torch.nn.RNN.forward,
@@ -121,7 +122,7 @@ def layer(module: Any, cell: str, input: Any, hx: Any) -> tuple[Any, ...] | None
     )
     if out is None:
         return None
-    y, h, c = out
+    y, h, c, _ = out
     return (y, h) if c is None else (y, (h, c))
 
 
@@ -141,9 +142,10 @@ def step(module: Any, cell: str, input: Any, hx: Any) -> tuple[Any, ...] | None:
 
 def sequence(
     cell: str, input: Tensor, hx: tuple[Tensor, ...] | None, params: Sequence[Tensor], bias: bool, layers: int,
-    directions: int, batch_first: bool,
-) -> tuple[Tensor, ...] | None:  # fmt: skip
-    """Layers without dropout, with no gradient to come: their results as torch's op has them, or None.
+    directions: int, batch_first: bool, lengths: Any = None, reset: Tensor | None = None,
+    reset_state: tuple[Tensor, ...] | None = None, keep: bool = False,
+) -> tuple[Tensor, tuple[Tensor, ...], tuple[tuple[Tensor, ...], ...]] | None:  # fmt: skip
+    """Layers without dropout, with no gradient to come: output, final states and, to `keep`, all states; or None.
 
     `params` is torch's list of weights.
     """
@@ -154,8 +156,23 @@ def sequence(
     width = params[1].shape[1]
     H, P = (params[n].shape[-1], width) if projected else (width, 0)
     kind = _BATCH_FIRST if batch_first else _LAYER
-    out = _run(bias, H, cell, kind, input, params, P, hx, layers, directions)
-    return out if out is None or out[2] is not None else out[:2]  # type: ignore[return-value]
+    extra = _PLAIN
+    if lengths is not None or reset is not None or reset_state is not None:
+        if type(lengths) is list or type(lengths) is tuple:
+            lengths = torch.tensor(lengths)
+        elif type(lengths) is Tensor and lengths.dtype is torch.int32:
+            lengths = lengths.long()
+        h, *c = (None,) if reset_state is None else reset_state
+        extra = (reset, h, c[0] if c else None, lengths)
+        if input.dtype in _NARROW and c:
+            if type(c[0]) is not Tensor or c[0].dtype is not input.dtype:
+                return None
+            extra = (reset, h, c[0].float(), lengths)
+    out = _run(bias, H, cell, kind, input, params, P, hx, layers, directions, extra, keep)
+    if out is None:
+        return None
+    y, h_n, c_n, states = out
+    return y, (h_n,) if c_n is None else (h_n, c_n), states or ()  # type: ignore[return-value]
 
 
 def one_step(
@@ -171,9 +188,9 @@ def one_step(
 
 def _run(
     bias: bool, H: int, cell: str, kind: int, input: Tensor, weights: Iterable[Any], P: int, hx: Any, layers: int = 1,
-    directions: int = 1,
-) -> tuple[Tensor, Tensor | None, Tensor | None] | None:  # fmt: skip
-    """(output, h_n, c_n); a cell's h_n is its output, and None."""
+    directions: int = 1, extra: tuple[Any, ...] = _PLAIN, keep: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[tuple[Tensor, ...], ...] | None] | None:  # fmt: skip
+    """(output, h_n, c_n, all states to `keep`, else None); a cell's h_n is its output, and None."""
     kernel = _load() if _kernel is None else _kernel
     if not kernel or cell not in _CODES:
         return None
@@ -190,7 +207,7 @@ def _run(
                 if type(c) is not Tensor or c.dtype is not input.dtype:
                     return None
                 c = c.float()
-    given = (_isa, number, gates, H, P, _threads(), kind, layers, directions, bias, input, h, c, *weights)
+    given = (_isa, number, gates, H, P, _threads(), kind, layers, directions, bias, keep, input, h, c, *extra, *weights)
     if _profiling():
         with torch.profiler.record_function(_profile.label("cpp", cell, "layer_forward")):
             out = kernel(*given)
@@ -199,4 +216,7 @@ def _run(
     if out is None:
         return None
     _choice.last = "cpp"
-    return (out[0], out[1], out[2].to(input.dtype)) if narrow else out
+    if not narrow:
+        return out
+    y, h_n, c_n, states = out
+    return y, h_n, c_n.to(input.dtype), states and tuple((h, c.to(input.dtype)) for h, c in states)

@@ -198,7 +198,7 @@ def _inference(
     input, states = input.contiguous(), tuple(hx) or None
     short = _fast.sequence(cell, input, states, params, bias, layers, 1 + bidirectional, False)
     if short is not None:
-        return list(short)
+        return [short[0], *short[1]]
     with torch.no_grad():
         y, final, _ = _call.run(cell, input, states, params, bias, layers, 0.0, False, bidirectional, False)
     return [y.contiguous(), *(h.contiguous() for h in final)]

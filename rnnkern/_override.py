@@ -192,7 +192,7 @@ def _dense(cell: str, original: _Torch) -> Callable[..., Any]:
         if not _grad() and not (training and dropout):
             short = _fast.sequence(cell, input, states, params, bias, num_layers, 1 + bidirectional, batch_first)
             if short is not None:
-                return short
+                return short[0], *short[1]
         options = (bias, num_layers, dropout, training, bidirectional, batch_first)
         refused = None
         if not _thread.inside and input.dim() == 3 and not _watched(input, *states, *params):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tolerance import check
+from torch.utils._pytree import tree_leaves, tree_map
 
 import rnnkern
 from rnnkern import _cpu, _fast, dispatch
@@ -100,3 +101,83 @@ def test_functions_and_overridden_ops_take_it_too(calls: list[bool]) -> None:
         with rnnkern.override():
             check(flat(theirs(x)), expected, expected)
     assert calls == [True, True]
+
+
+def segmented(kind: str, T: int, B: int, options: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Every keyword of a call beyond torch.nn's."""
+    groups = options["num_layers"] * (1 + options["bidirectional"])
+    states = [torch.randn(groups, 1 if T % 2 else B, w).to(dtype) for w in (options.get("proj_size", 9), 9)]
+    return {
+        "lengths": torch.randint(0, T + 1, (B,)),
+        "reset": torch.rand(T, B) < 0.3,
+        "reset_state": tuple(states) if kind == "LSTM" else states[0],
+        "return_states": True,
+    }
+
+
+def every_result(module: torch.nn.Module, x: torch.Tensor, keywords: dict[str, Any], backend: str | None) -> Any:
+    dtype = next(module.parameters()).dtype
+
+    def moved(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    with torch.no_grad(), rnnkern.use_backend(backend):
+        return tree_leaves(module(x.to(dtype), **tree_map(moved, keywords)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
+def test_segments(kind: str, dtype: torch.dtype, calls: list[bool]) -> None:
+    """Resets, lengths and all states, in every choice of them."""
+    chosen = list(product((False, True), repeat=4))
+    for n, options in enumerate(STACKS):
+        if "proj_size" in options and kind != "LSTM":
+            continue
+        T, B = (1, 4) if n % 5 == 0 else (6 + n % 2, 1 + n % 3)
+        ours = getattr(rnnkern, kind)(3, 9, **options).to(dtype)
+        wide = copy.deepcopy(ours).double()
+        x, given = torch.randn(T, B, 3).to(dtype), segmented(kind, T, B, options, dtype)
+        for take in chosen:
+            keywords = {name: v for (name, v), wanted in zip(given.items(), take, strict=True) if wanted}
+            if "reset_state" in keywords and "reset" not in keywords:
+                continue
+
+            found = every_result(ours, x, keywords, None)
+            yardstick, truth = (every_result(module, x, keywords, "reference") for module in (ours, wide))
+            check(found, yardstick, truth, f"{options} {list(keywords)}")
+    assert calls and all(calls) and len(calls) > 50
+
+
+def test_segments_batch_first_and_lists(calls: list[bool]) -> None:
+    gru = rnnkern.GRU(3, 9, bidirectional=True, batch_first=True)
+    with torch.no_grad():
+        for B, T in ((4, 1), (1, 5)):
+            x, reset = torch.randn(B, T, 3), torch.rand(B, T) < 0.5
+            found = gru(x, reset=reset, lengths=[T] * B)
+            assert calls.pop()
+            with rnnkern.use_backend("reference"):
+                expected = gru(x, reset=reset, lengths=[T] * B)
+            check(flat(found), flat(expected), flat(expected))
+
+
+@pytest.mark.parametrize(
+    "keywords, error",
+    [
+        (
+            {"reset": torch.zeros(4, 5, dtype=torch.bool)},
+            r"reset: expected one value per row .*, shape \(5, 4\)",
+        ),
+        ({"reset": torch.zeros(5, 4, dtype=torch.uint8)}, "reset: expected a bool mask"),
+        ({"reset_state": torch.zeros(1, 4, 9)}, "reset_state: only together with reset"),
+        ({"reset": torch.ones(5, 4) > 0, "reset_state": torch.zeros(1, 2, 9)}, "reset_state: expected shape"),
+        ({"lengths": [5, 6, 1, 1]}, "lengths: expected values from 0 to the 5 steps"),
+        ({"lengths": torch.tensor([-1, 5, 1, 1])}, "lengths: expected values from 0"),
+        ({"lengths": [1.0, 2.0, 3.0, 4.0]}, "lengths: expected integers"),
+        ({"lengths": torch.ones(3, dtype=torch.int64)}, "lengths: expected one per batch row"),
+    ],
+    ids=lambda v: v[:25] if isinstance(v, str) else "",
+)
+def test_segments_that_do_not_fit(keywords: dict[str, Any], error: str, calls: list[bool]) -> None:
+    with torch.no_grad(), pytest.raises(ValueError, match=error):
+        rnnkern.GRU(3, 9)(torch.randn(5, 4, 3), **keywords)
+    assert not any(calls)

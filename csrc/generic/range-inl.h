@@ -8,9 +8,14 @@ struct Range {
   Range columns(int n, int64_t limit) const { return {begin * n, end * n < limit ? end * n : limit}; }
 };
 
+// From null: zero.
 template <class T>
 static inline void copy_columns(const T* from, T* to, Range c) {
-  if (c.size() > 0) __builtin_memcpy(to + c.begin, from + c.begin, c.size() * sizeof(T));
+  if (c.size() <= 0) return;
+  if (from)
+    __builtin_memcpy(to + c.begin, from + c.begin, c.size() * sizeof(T));
+  else
+    __builtin_memset(to + c.begin, 0, c.size() * sizeof(T));
 }
 
 static inline Range share(int64_t total, int64_t parts, int64_t part) {
