@@ -196,7 +196,8 @@ def reset(given: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
     if given.dtype != torch.bool:
         raise ValueError(f"reset: expected a bool mask, got {given.dtype}")
     if given.shape != shape:
-        raise ValueError(f"reset: expected one value per row of the input, shape {tuple(shape)}, got {tuple(given.shape)}")
+        wanted, got = tuple(shape), tuple(given.shape)
+        raise ValueError(f"reset: expected one value per row of the input, shape {wanted}, got {got}")
     if given.device != device:
         raise ValueError(f"reset: expected on the input's device {device}, got {given.device}")
 
