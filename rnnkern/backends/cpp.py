@@ -207,7 +207,7 @@ def _plane_is_output(spec: ScanSpec) -> bool:
 
 
 def _has_c(spec: ScanSpec) -> bool:
-    return len(CELLS[spec.cell].states) > 1
+    return CELLS[spec.cell].has_c
 
 
 def _options(inputs: ScanInputs, grad_clip: float) -> tuple[list[Tensor], tuple[int | float, ...]]:

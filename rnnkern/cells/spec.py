@@ -62,12 +62,18 @@ class CellSpec:
     row: tuple[str, ...] = ()  # of those, the ones that need a whole row of H in one place
     norm: tuple[int, ...] = (1,)  # gates normalised together under ln_hh (Ba et al. 2016: LSTM (4,), GRU (2, 1))
     masks: tuple[str, ...] = ()  # step masks that the equations read ("candidate"); a driver refuses one not listed
+    scaled: bool = False  # the states beyond h are one value and its scale: none of them is clipped or zoned out alone
     mixes_h: bool = False  # the equations read h itself, at full width: backends refuse a projection
     recurrence: str = "dense"  # "dense": h W_hh^T; "diagonal": h * w_hh. Block-diagonal heads are groups
 
     @property
     def dense(self) -> bool:
         return self.recurrence == "dense"
+
+    @property
+    def has_c(self) -> bool:
+        """Whether there is a state c that can be clipped and zoned out."""
+        return len(self.states) > 1 and not self.scaled
 
     def recurrent_shape(self, H: int, P: int) -> tuple[int, ...]:
         """Of w_hh."""
