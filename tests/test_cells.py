@@ -75,10 +75,10 @@ def test_jacobian_and_tangents_are_those_of_step_and_step_backward(cell):
         return tuple(torch.randn(ROWS, H, dtype=D) for _ in names)
 
     plain = Aux({}, {}, 0.0)
-    primals = tuple(rows(names) for names in (cell.gates, cell.gates, cell.states))
+    primals = rows(cell.gates), rows(cell.gates), natural(cell, rows(cell.states))
     moved = tuple(rows(names) for names in (cell.gates, cell.gates, cell.states))
     (_, planes), truth = jvp(lambda *v: cell.step(*v, plain), primals, moved)
-    jacobian, tplanes = cell.jacobian(planes, primals[2]), cell.planes_jvp(*moved[:2], planes)
+    jacobian, tplanes = cell.jacobian(planes, primals[2]), cell.planes_jvp(*moved[:2], planes, moved[2])
     new = []
     for gx, gh, states in zip(*jacobian, strict=True):
         terms = [gx * torch.stack(moved[0], -2), gh * torch.stack(moved[1], -2)]

@@ -67,8 +67,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], Callable[..., States]]] = {
     "IndRNN": ("IndRNN", {}, indrnn_relu),
     "LiGRU": ("LiGRU", {}, ligru),
     "LiGRU bare": ("LiGRU", {"batch_norm": False}, ligru),
-    "SLSTM": ("SLSTM", {}, slstm),
-    "SLSTM of heads": ("SLSTM", {"num_heads": 3}, slstm),
+    "SLSTM": ("SLSTM", {"num_heads": 3}, slstm),
     "IndRNN tanh": ("IndRNN", {"nonlinearity": "tanh"}, indrnn_tanh),
 }
 

@@ -42,7 +42,7 @@ class CellSpec:
     cell that lacks them has the reference differentiated. Arguments and results that begin with t are tangents.
 
     * ``jacobian(planes, states) -> Jacobian`` of the new states.
-    * ``planes_jvp(tgx, tgh, planes) -> tplanes``
+    * ``planes_jvp(tgx, tgh, planes, tstates) -> tplanes``
     * ``step_backward_jvp(dstates, planes, tplanes, states, tstates) -> (tdgx, tdgh, tdentering)``: how the result of
       step_backward moves while dstates stay. It is linear in those: with their own tangents it is the Jacobian's
       transpose.
@@ -55,7 +55,7 @@ class CellSpec:
     step: Callable[..., tuple[Row, Row]]
     step_backward: Callable[..., StepGrads]
     jacobian: Callable[[Row, Row], Jacobian] | None = None
-    planes_jvp: Callable[[Row, Row, Row], Row] | None = None
+    planes_jvp: Callable[[Row, Row, Row, Row], Row] | None = None
     step_backward_jvp: Callable[..., tuple[Row, Row, Row]] | None = None
     split: tuple[str, ...] = ()  # gates whose dgh differs from dgx (GRU: n); empty: dgh is not stored
     small: tuple[str, ...] = ()  # elementwise parameters it accepts; the driver sums their gradients, no atomics

@@ -34,7 +34,7 @@ planes and the states that entered.
 
 from __future__ import annotations
 
-from rnnkern.cells.slstm.reference import step, step_backward
+from rnnkern.cells.slstm.reference import jacobian, planes_jvp, step, step_backward, step_backward_jvp
 from rnnkern.cells.spec import CellSpec
 
 SLSTM = CellSpec(
@@ -44,6 +44,9 @@ SLSTM = CellSpec(
     planes=("z", "o", "r", "d"),
     step=step,
     step_backward=step_backward,
+    jacobian=jacobian,
+    planes_jvp=planes_jvp,
+    step_backward_jvp=step_backward_jvp,
     norm=(4,),
     masks=("candidate",),
     scaled=True,
