@@ -6,10 +6,10 @@
 
 namespace rnnkern {
 
-enum class Cell : int { rnn_tanh, rnn_relu, lstm, gru, mgu, indrnn_tanh, indrnn_relu, ligru };
+enum class Cell : int { rnn_tanh, rnn_relu, lstm, gru, mgu, indrnn_tanh, indrnn_relu, ligru, slstm };
 enum class DType : int { f64, f32, bf16, f16 };
 
-constexpr int kMaxStates = 2;
+constexpr int kMaxStates = 4;  // h first; the others have width H and the accumulation dtype
 
 // One group of weights: a direction of a layer, or a member of an ensemble. Row-major and contiguous, gates in torch
 // order.
@@ -37,8 +37,8 @@ struct Options {
   Mask h;                                   // [N, B, P] of the h that meets w_hh, at every step of a sequence
   Mask h_step;                              // [S, N, P] the same, step by step
   Mask candidate;                           // [S, N, H]
-  const uint8_t* zoneout[kMaxStates] = {};  // [S, N, width] where h and c keep what entered; or null
-  double share[kMaxStates] = {};            // how much of it stays, where there is no such mask
+  const uint8_t* zoneout[2] = {};           // [S, N, width] where h and c keep what entered; or null
+  double share[2] = {};                     // how much of it stays, where there is no such mask
   double cell_clip = 0, proj_clip = 0, grad_clip = 0;  // 0: none
   double eps = 0;                                      // of layer norm
   const void* const* small = nullptr;                  // [N][kSmalls], null where there is none
@@ -74,18 +74,18 @@ struct Forward : Scan {
   int64_t x_s = 0, x_m = 0;
   void* y = nullptr;                   // [S, N, P]
   void* final_state[kMaxStates] = {};  // [N, B, width]; h may be null where nobody asks for it
-  void* seq = nullptr;                 // [S, N, H] second state after every step, accumulation dtype; or null
+  void* seq[kMaxStates] = {};          // [S, N, H] every state but h, which y is, after every step; or null
   void* planes = nullptr;              // [S, N, Q, H] or null
   void* hidden = nullptr;              // [S, N, H] or null
 };
 
 struct Backward : Scan {
   const void* y = nullptr;       // [S, N, P] of the forward
-  const void* seq = nullptr;     // [S, N, H]
+  const void* seq[kMaxStates] = {};  // [S, N, H], of every state but h
   const void* planes = nullptr;  // [S, N, Q, H]
   const void* dy = nullptr;      // [S, N, P], last stride 1
   int64_t dy_s = 0, dy_n = 0;
-  const void* dseq = nullptr;           // [S, N, H] contiguous or null
+  const void* dseq[kMaxStates] = {};    // [S, N, H] contiguous or null
   const void* product = nullptr;        // [S, N, G*H] of h and w_hh, accumulation dtype; with kGain only
   const void* projected = nullptr;      // [S, N, P] by w_hr before the clip, accumulation dtype; with proj_clip only
   const void* dfinal[kMaxStates] = {};  // [N, B, width] contiguous

@@ -50,7 +50,7 @@ class Segments {
     if (!mask.open(tensor[0]) || !mask.is(kDLBool, 8, rows, 2)) return false;
     mask_ = static_cast<const uint8_t*>(mask.data());
     if (f.N > 1) both_directions(f);
-    for (int k = 0; k < kMaxStates; k++) {
+    for (int k = 0; k < kStates; k++) {
       const int64_t width = k ? f.H : f.P;
       int64_t sizes[] = {groups, f.B, width};
       const DType dtype = k ? wide : f.dtype;
@@ -68,7 +68,7 @@ class Segments {
   void give(Forward& f, int64_t first) const {
     f.lengths = lengths_, f.reset = mask_;
     f.reset_s = both_.empty() ? 1 : f.N, f.reset_n = both_.empty() ? 0 : 1;
-    for (int k = 0; k < kMaxStates; k++) {
+    for (int k = 0; k < kStates; k++) {
       if (state_[k]) f.reset_state[k] = static_cast<const char*>(state_[k]) + first * of_group_[k] * bytes_[k];
       f.reset_state_n[k] = of_group_[k], f.reset_state_b[k] = of_row_[k];
     }
@@ -95,8 +95,9 @@ class Segments {
   const int64_t* lengths_ = nullptr;
   const uint8_t* mask_ = nullptr;
   std::vector<uint8_t> both_;  // [S, 2]
-  const void* state_[kMaxStates] = {};
-  int64_t of_group_[kMaxStates] = {}, of_row_[kMaxStates] = {}, bytes_[kMaxStates] = {};
+  static constexpr int kStates = 2;  // h and c; cells with more go the general way
+  const void* state_[kStates] = {};
+  int64_t of_group_[kStates] = {}, of_row_[kStates] = {}, bytes_[kStates] = {};
 };
 
 // stack(isa, cell, gates, H, P, threads, kind, layers, directions, bias, keep, x, h_0, c_0, reset, reset_h, reset_c,
@@ -191,9 +192,9 @@ PyObject* stack(PyObject*, PyObject* const* args, Py_ssize_t count) {
       f.weights = all.data() + k * directions;
       f.x = k ? f.y : x.data(), f.I = f.x_s = f.x_m = k ? directions * f.P : width;
       f.y = keep || k == layers - 1 ? h_kept[k] : between[k % 2].get();
-      f.seq = c_kept[k];
+      f.seq[1] = c_kept[k];
       segments.clear(f.y, y_bytes);
-      if (f.seq) segments.clear(f.seq, seq_bytes);
+      if (f.seq[1]) segments.clear(f.seq[1], seq_bytes);
       segments.give(f, k * directions);
       f.state[0] = h_0 ? static_cast<const char*>(h_0) + done * f.P * bytes : nullptr;
       f.state[1] = c_0 ? static_cast<const char*>(c_0) + done * f.H * wide_bytes : nullptr;

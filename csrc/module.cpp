@@ -18,6 +18,13 @@ namespace {
 
 const void* pointer(py::handle number) { return PyLong_AsVoidPtr(number.ptr()); }
 
+// Those of a tuple, one after the other.
+struct Addresses {
+  const py::tuple& all;
+  size_t at = 0;
+  void* next() { return const_cast<void*>(pointer(all[at++])); }
+};
+
 int64_t integer(py::handle number) { return PyLong_AsLongLong(number.ptr()); }
 
 const Kernels& kernels(const std::string& isa) { return choose_kernels(isa.c_str()); }
@@ -117,8 +124,10 @@ void forward(const std::string& isa, int cell, int dtype, const py::tuple& sizes
   f.x = pointer(input[3]);
   f.x_s = integer(input[4]);
   f.x_m = integer(input[5]);
-  void** out[] = {&f.y, &f.seq, &f.planes, &f.hidden, &f.final_state[0], &f.final_state[1]};
-  for (size_t i = 0; i < outputs.size(); i++) *out[i] = const_cast<void*>(pointer(outputs[i]));
+  Addresses out{outputs};
+  for (void** to : {&f.y, &f.planes, &f.hidden}) *to = out.next();
+  for (size_t k = 0; k < states.size(); k++) f.final_state[k] = out.next();
+  for (size_t k = 1; k < states.size(); k++) f.seq[k] = out.next();
   if (PyErr_Occurred()) throw py::error_already_set();
   const Kernels& k = kernels(isa);
   py::gil_scoped_release nogil;
@@ -131,21 +140,21 @@ void backward(const std::string& isa, int cell, int dtype, const py::tuple& size
   Backward f;
   Common common;
   common.fill(f, cell, dtype, sizes, layout, reset_states, options, groups, states);
-  f.y = pointer(saved[0]);
-  f.seq = pointer(saved[1]);
-  f.planes = pointer(saved[2]);
-  f.product = pointer(saved[3]);
-  f.projected = pointer(saved[4]);
+  const size_t count = states.size();
+  Addresses from{saved}, out{outputs};
+  for (const void** to : {&f.y, &f.planes, &f.product, &f.projected}) *to = from.next();
+  for (size_t k = 1; k < count; k++) f.seq[k] = from.next();
   f.dy = pointer(grads[0]);
   f.dy_s = integer(grads[1]);
   f.dy_n = integer(grads[2]);
-  f.dseq = pointer(grads[3]);
-  for (size_t k = 4; k < grads.size(); k++) f.dfinal[k - 4] = pointer(grads[k]);
-  void** out[] = {&f.dgx,       &f.dgh,       &f.dproduct,        &f.dh,
-                  &f.dstate[0], &f.dstate[1], &f.dreset_state[0], &f.dreset_state[1]};
-  for (size_t i = 0; i < 8; i++) *out[i] = const_cast<void*>(pointer(outputs[i]));
+  Addresses above{grads, 3};
+  for (size_t k = 0; k < count; k++) f.dfinal[k] = above.next();
+  for (size_t k = 1; k < count; k++) f.dseq[k] = above.next();
+  for (void** to : {&f.dgx, &f.dgh, &f.dproduct, &f.dh}) *to = out.next();
+  for (size_t k = 0; k < count; k++) f.dstate[k] = out.next();
+  for (size_t k = 0; k < count; k++) f.dreset_state[k] = out.next();
   std::vector<void*> dsmall;
-  for (size_t i = 8; i < outputs.size(); i++) dsmall.push_back(const_cast<void*>(pointer(outputs[i])));
+  while (out.at < outputs.size()) dsmall.push_back(out.next());
   if (!dsmall.empty()) f.dsmall = dsmall.data();
   if (PyErr_Occurred()) throw py::error_already_set();
   const Kernels& k = kernels(isa);

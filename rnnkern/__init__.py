@@ -4,7 +4,7 @@ from rnnkern import diagnostics, functional, init, seq2seq
 from rnnkern._generate import generate
 from rnnkern._override import override
 from rnnkern._tbptt import tbptt
-from rnnkern.beyond import MGU, IndRNN, LiGRU
+from rnnkern.beyond import MGU, SLSTM, IndRNN, LiGRU
 from rnnkern.convert import accelerate, restore
 from rnnkern.dispatch import backends, use_backend
 from rnnkern.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
@@ -17,6 +17,7 @@ __all__ = [
     "LSTM",
     "MGU",
     "RNN",
+    "SLSTM",
     "GRUCell",
     "IndRNN",
     "LiGRU",

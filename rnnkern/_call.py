@@ -24,6 +24,7 @@ from rnnkern.cells import CELLS
 TITLES = {
     "rnn_tanh": "RNN", "rnn_relu": "RNN", "lstm": "LSTM", "gru": "GRU",
     "mgu": "MGU", "indrnn_tanh": "IndRNN", "indrnn_relu": "IndRNN", "ligru": "LiGRU",
+    "slstm": "SLSTM",
 }  # fmt: skip
 
 Lengths = Tensor | Sequence[int]
@@ -49,21 +50,24 @@ def run(
     memory: str = "save",
     options: Options = PLAIN,
     project: Projection | None = None,
+    heads: int = 0,
 ) -> tuple[Tensor, States, tuple[States, ...]]:
-    """(output, final states, states of every layer or nothing)."""
+    """(output, final states, states of every layer or nothing).
+
+    With `heads`, that many are the first dimension of every parameter, and each is a group of the scan.
+    """
     if torch.compiler.is_compiling() and batch_sizes is not None:
         return _graphs.outside(
             cell, input, hx, params, bias, num_layers, dropout, training, bidirectional, batch_first, batch_sizes,
-            lengths, reset, reset_state, return_states, memory, options, project,
+            lengths, reset, reset_state, return_states, memory, options, project, heads,
         )  # fmt: skip
     if torch.compiler.is_dynamo_compiling() and project is None:
         return _graphs.call(
             cell, input, hx, params, bias, num_layers, dropout if training else 0.0, training, bidirectional,
-            batch_first, batch_sizes, lengths, reset, reset_state, return_states, memory, options,
+            batch_first, batch_sizes, lengths, reset, reset_state, return_states, memory, options, heads,
         )  # fmt: skip
-    two = cell == "lstm"
     packed = batch_sizes is not None
-    torchs = options is PLAIN and not packed and project is None and not (training and dropout and num_layers > 1)
+    torchs = options is PLAIN and project is None and not (packed or heads or (training and dropout and num_layers > 1))
     plain = torchs and lengths is None and reset is reset_state is None and not return_states and memory == "save"
     if plain:
         short = _plain(cell, input, hx, params, bias, num_layers, bidirectional, batch_first)
@@ -92,7 +96,9 @@ def run(
             reset_state = reset_state and tuple(h.unsqueeze(1) for h in reset_state)
     spec = CELLS[cell]
     extra = options.extra(cell) if options is not PLAIN else ()
-    I, H, P, per = _checks.weights(params, len(spec.gates), bias, num_layers, D, two, extra, spec.dense)
+    I, H, P, per = _checks.weights(
+        params, len(spec.gates), bias, num_layers, D, cell == "lstm", extra, spec.dense, heads
+    )
     proj = per - len(extra) > 2 + 2 * bias
     _checks.input_like_weight(input, params[0], packed)
     if batch_sizes is not None:
@@ -103,7 +109,7 @@ def run(
     else:
         T, B = input.shape[:2]
     _checks.steps(T)
-    widths = (P, H) if two else (P,)
+    widths = (P, *[H] * (len(spec.states) - 1))
     sizes = tuple((num_layers * D, B, width) for width in widths)
     low = _layouts.autocast_dtype(input.device.type)
     if hx is not None:
@@ -152,7 +158,7 @@ def run(
         y = y.transpose(0, 1) if batch_first else y
         return (y, tuple(last), ()) if batched else (y.squeeze(1), tuple(h.squeeze(1) for h in last), ())
 
-    dtypes = tuple(input.dtype for _ in widths)
+    dtypes = (input.dtype, input.dtype)
     if low is not None:
         # Packed sequences of one length are dense to torch.
         ragged = batch_sizes is not None and int(batch_sizes[-1]) < B
@@ -168,19 +174,24 @@ def run(
         packing = _layouts.Packing(lengths, T)
         offsets, lengths, steps = packing.offsets, packing.lengths, packing.steps
         x, hx, reset, reset_state = packing.put(x, hx, reset, reset_state)
+    if heads:
+        params, hx, reset, reset_state = _layouts.as_groups(heads, per, params, hx, reset, reset_state)
+        sizes = tuple((groups * heads, batch, width // heads) for groups, batch, width in sizes)
     arguments = (
-        cell, x, hx, params, per, bias, num_layers, dropout if training else 0.0, D, steps, sizes,
-        offsets, lengths, reset, reset_state, return_states, backend, memory, training, options, project,
+        cell, x, hx, params, per, bias, num_layers, dropout if training else 0.0, D * (heads or 1), steps, sizes,
+        offsets, lengths, reset, reset_state, return_states, backend, memory, training, options, project, heads or 1,
     )  # fmt: skip
     if low is not None:
         with torch.autocast(input.device.type, enabled=False):
             y, final, states = stack(*arguments)
     else:
         y, final, states = stack(*arguments)
+    if heads:
+        final = _layouts.from_groups(heads, final)
     if packing is not None:
         y, final, states = packing.take(y, final, states)
-    if two and final[1].dtype != dtypes[1]:
-        final = (final[0], final[1].to(dtypes[1]))
+    if len(final) > 1 and final[1].dtype != dtypes[1]:
+        final = (final[0], *(s.to(dtypes[1]) for s in final[1:]))
 
     if batched and not packed:
         y, states = _layouts.unflatten(y, states, T, B, batch_first)
@@ -236,8 +247,10 @@ def stack(
     training: bool = False,
     options: Options = PLAIN,
     project: Projection | None = None,
+    heads: int = 1,
 ) -> tuple[Tensor, States, tuple[States, ...]]:
-    """Layers times directions over rows `x` [S, I]; c is in the accumulation dtype in `final`, in x's in the states.
+    """Layers over rows `x` [S, I], each of D groups, directions times heads; states but h are in the accumulation dtype
+    in `final`, in x's in the states.
 
     `project` makes pre-activations [S, D, G*H] in its own way, from the number of the layer, its rows, its groups and
     which rows exist (None: all), and gives groups without a projection.
@@ -247,12 +260,12 @@ def stack(
     if hx is None:
         hx = tuple(x.new_zeros(size, dtype=acc if n else x.dtype) for n, size in enumerate(sizes))
     elif len(hx) > 1:
-        hx = (hx[0], hx[1].to(acc))
+        hx = (hx[0], *(h.to(acc) for h in hx[1:]))
     restart: States = ()
     if reset_state is not None:
         restart = tuple(h.to(acc) if n else h for n, h in enumerate(reset_state))
         restart = tuple(h.expand(-1, B, -1) for h in restart)
-    reverse = (False, True)[:D]
+    reverse = (False, True)[:D] if heads == 1 else (False,) * heads + (True,) * (D - heads)
     extra = options.extra(cell) if options is not PLAIN else ()
     proj = per - len(extra) > 2 + 2 * bias
     names = ("w_hh", "b_hh", "w_hr") if bias and proj else ("w_hh", "b_hh") if bias else ("w_hh", "w_hr")[: 1 + proj]

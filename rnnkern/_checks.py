@@ -59,7 +59,9 @@ def state_rank(hx: tuple[Tensor, ...], batched: bool) -> None:
     if all(h.dim() == expected for h in hx):
         return
     words = f"For {'batched 3-D' if batched else 'unbatched 2-D'} input, "
-    if len(hx) == 2:
+    if len(hx) > 2:
+        words += f"all states should also be {expected}-D but got ({', '.join(f'{h.dim()}-D' for h in hx)}) tensors"
+    elif len(hx) == 2:
         words += f"hx and cx should also be {expected}-D but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
     else:
         words += f"hx should also be {expected}-D but got {hx[0].dim()}-D tensor"
@@ -85,7 +87,7 @@ def input_like_weight(input: Tensor, weight: Tensor, packed: bool) -> None:
 def state_sizes(hx: tuple[Tensor, ...], sizes: tuple[tuple[int, int, int], ...]) -> None:
     for index, (h, size) in enumerate(zip(hx, sizes, strict=True)):
         if h.shape != size:
-            which = f"hidden[{index}]" if len(hx) == 2 else "hidden"
+            which = f"hidden[{index}]" if len(hx) > 1 else "hidden"
             raise RuntimeError(f"Expected {which} size {size}, got {list(h.shape)}")
 
 
@@ -106,12 +108,12 @@ def alike(input: Tensor, others: Sequence[Tensor], name: str, dtype: bool) -> No
 
 def weights(
     params: Sequence[Tensor], gates: int, bias: bool, layers: int, directions: int, may_project: bool,
-    extra: tuple[str, ...] = (), dense: bool = True,
+    extra: tuple[str, ...] = (), dense: bool = True, heads: int = 0,
 ) -> tuple[int, int, int, int]:  # fmt: skip
     """The flat list of weights against the sizes that its first layer states: (I, H, P, tensors per group).
 
     `extra` names what follows torch's weights in every group: ln_ih and ln_hh of the gates' width, others of H. A
-    weight_hh that is not `dense` is a vector.
+    weight_hh that is not `dense` is a vector. With `heads`, that many are the first dimension of all, each of H / heads.
     """
     per = 2 + 2 * bias + len(extra)
     groups = layers * directions
@@ -122,7 +124,13 @@ def weights(
             f"got an incorrect number of RNN parameters: expected {per}{' (one more with a projection)' * may_project} "
             f"for each of {layers} layers x {directions} directions, got {len(params)}"
         )
-    first, second = params[0].shape, params[1].shape
+    first, second, lead = params[0].shape, params[1].shape, (heads,) if heads else ()
+    if heads and (len(first) != 3 or len(second) != 3):
+        raise RuntimeError(
+            f"weight_ih_l0 and weight_hh_l0: expected (num_heads, {gates}*hidden_size/num_heads, features) tensors, got "
+            f"{list(first)} and {list(second)}"
+        )
+    first, second = first[len(lead) :], second[len(lead) :]
     if len(first) != 2 or len(second) != 1 + dense or first[0] % gates or not first[0]:
         raise RuntimeError(
             f"weight_ih_l0 and weight_hh_l0: expected ({gates}*hidden_size, features) "
@@ -139,12 +147,12 @@ def weights(
     shapes += [(wide,) if name in ("ln_ih", "ln_hh") else (hidden,) for name in extra]
     for start in range(0, len(params), per):
         if start == per * directions:
-            shapes[0] = (wide, state * directions)
+            shapes[0] = (wide, state * directions * (heads or 1))
         for offset, shape in enumerate(shapes):
-            if params[start + offset].shape != shape:
+            if params[start + offset].shape != (*lead, *shape):
                 name = weight_name(start // per, offset, directions, bias, proj, extra)
-                raise RuntimeError(f"{name}: expected shape {list(shape)}, got {list(params[start + offset].shape)}")
-    return columns, hidden, state, per
+                raise RuntimeError(f"{name}: expected shape {[*lead, *shape]}, got {list(params[start + offset].shape)}")
+    return columns, hidden * (heads or 1), state * (heads or 1), per
 
 
 def weight_name(group: int, offset: int, directions: int, bias: bool, proj: bool, extra: tuple[str, ...]) -> str:

@@ -21,8 +21,8 @@ PACKED = "a graph does not know how long the sequences of a packed input are; of
 def call(*arguments: Any) -> Any:
     """What Dynamo sees of :func:`rnnkern._call.run`."""
     _allow_nodes()
-    *others, options = arguments
-    return _node(dispatch.requested(), None if options is PLAIN else options.values(), *others)
+    *others, options, heads = arguments
+    return _node(dispatch.requested(), None if options is PLAIN else options.values(), heads, *others)
 
 
 def step(*arguments: Any) -> Any:
@@ -41,10 +41,10 @@ def outside(*arguments: Any) -> Any:
 left_to_python(outside, f"rnnkern: {PACKED}")
 
 
-def _node(requested: str | None, options: tuple[Any, ...] | None, *arguments: Any) -> Any:
+def _node(requested: str | None, options: tuple[Any, ...] | None, heads: int, *arguments: Any) -> Any:
     # The backend that was asked for is read further down: it is an argument so that Dynamo guards it.
     given = [*map(_static, arguments), PLAIN if options is None else Options(*map(_static, options))]
-    return _call.run(*given)
+    return _call.run(*given, heads=heads)
 
 
 def _step_node(requested: str | None, *arguments: Any) -> Any:

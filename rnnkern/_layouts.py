@@ -95,6 +95,32 @@ class Picked(torch.autograd.Function):
         return d.new_zeros(ctx.shape).index_copy_(0, rows, d), None
 
 
+def as_groups(
+    heads: int,
+    per: int,
+    params: Sequence[Tensor],
+    hx: States | None,
+    reset: Tensor | None,
+    reset_state: States | None,
+) -> tuple[Sequence[Tensor], States | None, Tensor | None, States | None]:
+    """What a call gives to its layers, with every head of a direction as a group of its own: `per` parameters of each
+    direction, states as hx, and which of [S, D] are reset.
+    """
+    split = [w.unbind(0) for w in params]
+    starts = range(0, len(params), per)
+    flat = [split[at][head] for start in starts for head in range(heads) for at in range(start, start + per)]
+
+    def each(states: States | None) -> States | None:
+        return states and tuple(h.unflatten(2, (heads, -1)).transpose(1, 2).flatten(0, 1) for h in states)
+
+    marks = None if reset is None else reset.unsqueeze(2).expand(-1, -1, heads).flatten(1)
+    return flat, each(hx), marks, each(reset_state)
+
+
+def from_groups(heads: int, states: States) -> States:
+    return tuple(h.unflatten(0, (-1, heads)).transpose(1, 2).flatten(2) for h in states)
+
+
 def in_order(module: Any, states: tuple[Tensor, ...], order: Tensor, batch: int, name: str) -> tuple[Tensor, ...]:
     """States in the order of a packed batch; index_select alone would cut a batch that is too large without a word."""
     for index, state in enumerate(states):

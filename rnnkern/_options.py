@@ -88,10 +88,10 @@ def options(title: str, cell: str, projected: bool, given: Keywords) -> Options:
         if name not in NAMES:
             raise TypeError(f"{title}: got an unexpected keyword argument {name!r}")
     found = Options(**given)
-    two = len(CELLS[cell].states) > 1
+    spec = CELLS[cell]
     zoneout = found.zoneout
     if isinstance(zoneout, (tuple, list)):
-        if not two:
+        if len(spec.states) == 1:
             raise ValueError(f"zoneout: {title} has one state, expected one probability, got {zoneout}")
         if len(zoneout) != 2:
             raise ValueError(f"zoneout: expected a probability or those of (h, c), got {zoneout}")
@@ -117,8 +117,12 @@ def options(title: str, cell: str, projected: bool, given: Keywords) -> Options:
         raise ValueError(f"recurrent_dropout_mode='candidate': {title} has no candidate, only {having} have")
     if found.peephole and "peephole_i" not in CELLS[cell].small:
         raise ValueError(f"peephole: {title} has no peepholes, only LSTM has")
-    if found.cell_clip and not two:
-        raise ValueError(f"cell_clip: {title} has no cell state, only LSTM has")
+    if spec.scaled and found.shares != (0.0, 0.0):
+        raise ValueError(f"zoneout: {title}'s c, n and m are one value in three parts, which cannot be mixed one by one")
+    if spec.scaled and found.layer_norm:
+        raise ValueError(f"layer_norm: {title} normalises its state by n, and has no other; its output may have a norm")
+    if found.cell_clip and not spec.has_c:
+        raise ValueError(f"cell_clip: {title} has no cell state to bound, only LSTM has")
     if found.proj_clip and not projected:
         raise ValueError(NO_PROJECTION)
     return found
@@ -168,6 +172,7 @@ class Extended(torch.nn.Module):
 
     memory = "save"
     options = PLAIN
+    _heads = 0  # with them, every parameter has them as its first dimension
     _project: Any = None  # makes a layer's pre-activations in its own way, see _call.stack
     recurrent_dropout = _attribute("recurrent_dropout")
     recurrent_dropout_mode = _attribute("recurrent_dropout_mode")

@@ -39,9 +39,10 @@ class Way:
 
     def __init__(self, plan: Plan, T: int, B: int, tensors: Sequence[Tensor], back: bool) -> None:
         reverse = plan.spec.reverse
-        step = 1 if len(set(reverse)) == 1 else 2  # a layer's directions take turns
-        self.groups = groups = slice(reverse.index(back), None, step)
-        assert set(reverse[groups]) == {back} and reverse.count(back) == len(reverse[groups])
+        first, count = reverse.index(back), reverse.count(back)
+        step = 1 if all(way == back for way in reverse[first : first + count]) else 2  # models' directions take turns
+        self.groups = groups = slice(first, first + step * count, step)
+        assert reverse[groups] == (back,) * count
         spec = replace(plan.spec, reverse=reverse[groups])
         self.plan = replace(plan, spec=spec, text=spec.encode())
         self.first_weight, size = 1 + plan.first_weight, plan.per_group

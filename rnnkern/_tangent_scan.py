@@ -259,11 +259,9 @@ class TangentScan:
         finals = tuple(self.walk.final(s, v) for s, v in zip(start, left, strict=True))
         y, *seq = (self.walk.leave(v) for v in left)
         m = self.walk.leave(torch.stack(hidden, 1)) if hidden else y.new_empty(0)
-        return Moved(
-            ScanOutputs(y, finals, tuple(seq), y.new_empty(0), m),
-            tuple(self.walk.masked(torch.stack(v, 1)) for v in zip(*entered, strict=True)),
-            self.planes_along(direction, torch.stack(products, 1)),
-        )
+        entering = tuple(self.walk.masked(torch.stack(v, 1)) for v in zip(*entered, strict=True))
+        planes = self.planes_along(direction, torch.stack(products, 1), entering)
+        return Moved(ScanOutputs(y, finals, tuple(seq), y.new_empty(0), m), entering, planes)
 
     def pre_activations(self, direction: Direction) -> tuple[Steps, Sequence[Steps] | None]:
         """What is added to every product h W_hh^T, and to every new state: the part that no loop is needed for.
@@ -285,13 +283,14 @@ class TangentScan:
                 base = base + gx
         return base.unbind(1), offset
 
-    def planes_along(self, direction: Direction, gh: Tensor) -> Row:
+    def planes_along(self, direction: Direction, gh: Tensor, entering: Row) -> Row:
         """Tangents of the planes; gh has those of gx in it where gates are not split."""
         assert self.cell.planes_jvp is not None
         gx = gh.new_zeros(1).expand(gh.shape)
         if self.cell.split and direction.gx is not None:
             gx = self.enter(direction.gx)
-        found = self.cell.planes_jvp(self.by_gate(gx).unbind(-2), self.by_gate(gh).unbind(-2), self.planes)
+        gates = self.by_gate(gx).unbind(-2), self.by_gate(gh).unbind(-2)
+        found = self.cell.planes_jvp(*gates, self.planes, entering)
         return tuple(self.walk.masked(v) for v in found)
 
     # ---- backward ----------------------------------------------------------------------------------------------------

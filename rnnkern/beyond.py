@@ -1,4 +1,4 @@
-"""Modules of cells that torch.nn does not have, in the form of torch.nn.GRU."""
+"""Modules of cells that torch.nn does not have, in the form of torch.nn.GRU, and that of torch.nn.LSTM for SLSTM."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from rnnkern._options import Extended
 from rnnkern._stack import Stack
 from rnnkern.autograd import Group
 from rnnkern.backends.base import accumulation_dtype
-from rnnkern.nn import one_state
+from rnnkern.nn import one_state, sequence
 
-__all__ = ["MGU", "IndRNN", "LiGRU"]
+__all__ = ["MGU", "SLSTM", "IndRNN", "LiGRU"]
 
 
 def _not_scriptable(self: torch.nn.Module) -> None:
@@ -273,3 +273,106 @@ class LiGRU(_OneState):
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.batch_norm else ", batch_norm=False")
+
+
+class SLSTM(Extended, Stack):
+    r"""sLSTM, the cell of xLSTM with a scalar memory (Beck et al. 2024, "xLSTM: extended long short-term memory",
+    section 2.2): an LSTM whose input gate is an exponential, with a normaliser `n` and heads.
+
+    .. math::
+        \begin{array}{ll}
+            \tilde{\imath}_t = W_{ii} x_t + b_{ii} + W_{hi} h_{t-1} + b_{hi} \\
+            \tilde{f}_t = W_{if} x_t + b_{if} + W_{hf} h_{t-1} + b_{hf} \\
+            z_t = \tanh(W_{iz} x_t + b_{iz} + W_{hz} h_{t-1} + b_{hz}) \\
+            o_t = \sigma(W_{io} x_t + b_{io} + W_{ho} h_{t-1} + b_{ho}) \\
+            m_t = \max(\log \sigma(\tilde{f}_t) + m_{t-1}, \tilde{\imath}_t) \\
+            i'_t = \exp(\tilde{\imath}_t - m_t), \quad f'_t = \exp(\log \sigma(\tilde{f}_t) + m_{t-1} - m_t) \\
+            c_t = f'_t \odot c_{t-1} + i'_t \odot z_t \\
+            n_t = f'_t \odot n_{t-1} + i'_t \\
+            h_t = o_t \odot c_t / n_t
+        \end{array}
+
+    where the matrices :math:`W_h` are block-diagonal: a head sees its own units of `h`. Of the paper's two forget gates,
+    :math:`\sigma` and :math:`\exp`, it has the first. A unit whose `n` is 0 has no past and begins:
+    :math:`m_t = \tilde{\imath}_t`, :math:`f'_t = 0`, whatever its `c` and `m` are. So states of zeros are a beginning,
+    and from the first step on `n` is 1 or more. The paper's block around the cell (a convolution before it, group
+    normalisation and a projection after it) is left to torch.nn.
+
+    Args:
+        input_size, num_layers, bias, batch_first, dropout, bidirectional: as in :class:`MGU`.
+        hidden_size: number of features of `h`, a multiple of `num_heads`.
+        num_heads: number of heads. Default: 1
+        memory, recurrent_dropout, recurrent_dropout_mode, weight_dropout, grad_clip: see :class:`LSTM`; the candidate
+            is z. `zoneout`, `cell_clip`, `layer_norm` and `peephole` are refused. Default: none
+        device, dtype: of the parameters.
+
+    Inputs: input, (h_0, c_0, n_0, m_0), *, lengths, reset, reset_state, return_states
+        See :class:`LSTM`; `reset_state` has four states too. With :math:`n_0 = 0` no gradient comes to `c_0`, `n_0` and
+        `m_0`: states that are to be learned begin with :math:`n_0 = 1`.
+
+    Outputs: output, (h_n, c_n, n_n, m_n)
+        See :class:`LSTM`; with ``return_states=True`` the third output has ``(h, c, n, m)`` for every layer.
+
+    Shape:
+        - input: `(L, N, H_in)`, `(N, L, H_in)` with `batch_first`, `(L, H_in)` unbatched, or a PackedSequence
+        - all states: `(D * num_layers, N, H)`, unbatched `(D * num_layers, H)`; `D` is 2 if bidirectional, else 1
+        - output: as input, with `D * H` features, head by head
+
+    Attributes:
+        weight_ih_l[k], weight_hh_l[k]: `(num_heads, 4 * hidden_size / num_heads, ...)`, in every head rows of i, f, z and
+            o; the last dimension of weight_hh is `hidden_size / num_heads`. bias_ih_l[k], bias_hh_l[k]:
+            `(num_heads, 4 * hidden_size / num_heads)`. With ``_reverse`` for the reverse direction. Drawn as torch.nn
+            draws them, but for bias_ih of f: evenly from 3 to 6 over the units of a head, so that at first they keep
+            from 0.95 to 0.998 of their past at each step.
+
+    dtype: float64, float32, bfloat16 or float16, one for all; sums, and c, n and m within a call, are in float32
+    (float64 for float64). Under autocast as :class:`GRU`.
+
+    Raises:
+        ValueError: a `hidden_size` that is no multiple of `num_heads`, another number of states; and as :class:`LSTM`.
+        RuntimeError: as :class:`LSTM`.
+
+    Example::
+
+        >>> rnn = rnnkern.SLSTM(10, 20, 2, num_heads=4)
+        >>> output, (hn, cn, nn, mn) = rnn(torch.randn(5, 3, 10))
+    """
+
+    __prepare_scriptable__ = _not_scriptable
+    _cell = "slstm"
+
+    def __init__(self, *args: Any, num_heads: int = 1, **kwargs: Any) -> None:
+        self.num_heads = self._heads = num_heads
+        super().__init__(*args, **kwargs)
+
+    def _shapes(self, k: int) -> dict[str, tuple[int, ...]]:
+        H, heads = self.hidden_size, self.num_heads
+        if not isinstance(heads, int) or isinstance(heads, bool) or heads < 1 or H % heads:
+            raise ValueError(f"num_heads: expected a divisor of hidden_size {H}, got {heads!r}")
+        shapes = super()._shapes(k)
+        shapes["weight_hh"] = (4 * H, H // heads)
+        return {name: (heads, rows // heads, *rest) for name, (rows, *rest) in shapes.items()}
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        for name in self._flat_weights_names:
+            if name.startswith("bias_ih"):
+                of_f = getattr(self, name).detach().chunk(4, 1)[1]
+                of_f.copy_(torch.linspace(3, 6, of_f.shape[1], device=of_f.device, dtype=of_f.dtype))
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+        *,
+        lengths: functional.Lengths | None = None,
+        reset: Tensor | PackedSequence | None = None,
+        reset_state: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+        return_states: bool = False,
+    ) -> tuple[Any, ...]:
+        states = functional.four_states("hx", hx)
+        restart = functional.four_states("reset_state", reset_state)
+        return sequence(self, self._cell, input, states, lengths, reset, restart, return_states)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.num_heads == 1 else f", num_heads={self.num_heads}")

@@ -228,6 +228,40 @@ def ligru(
     return _one_state("ligru", input=input, params=params, **_all(hx, arguments))
 
 
+def slstm(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+    params: Sequence[Tensor],
+    **arguments: Unpack[Arguments],
+) -> tuple[Any, ...]:
+    r"""sLSTM; equations: :class:`rnnkern.SLSTM`.
+
+    Arguments, results and errors are those of :func:`lstm`, with four states ``(h, c, n, m)`` of one size in `hx`,
+    `reset_state` and the results. Parameters in `params` have the heads as their first dimension, as the module's have.
+    """
+    given = _all(hx, arguments)
+    options: Keywords = given.pop("options")
+    given["options"] = checked_options("SLSTM", "slstm", False, options) if options else PLAIN
+    for name in ("hx", "reset_state"):
+        given[name] = four_states(name, given[name])
+    found = run("slstm", input, params=params, heads=params[0].shape[0] if len(params) else 0, **given)
+    return found if given["return_states"] else found[:2]
+
+
+def four_states(name: str, given: Any) -> tuple[Tensor, ...] | None:
+    """Those of sLSTM.
+
+    Raises:
+        ValueError: another number of them.
+    """
+    if given is None:
+        return None
+    if not isinstance(given, (tuple, list)) or len(given) != 4:
+        got = f"a {type(given).__name__}" + (f" of {len(given)}" if isinstance(given, (tuple, list)) else "")
+        raise ValueError(f"{name}: expected the four states (h, c, n, m), got {got}")
+    return tuple(given)
+
+
 def _all(hx: Any, given: Arguments) -> dict[str, Any]:
     """With the defaults of what is not given; what is no argument is an option."""
     defaults = dict(bias=True, num_layers=1, dropout=0.0, training=False, bidirectional=False, batch_first=False)

@@ -220,7 +220,7 @@ class LSTM(Extended, torch.nn.LSTM):
                 return short
         states = None if hx is None else (hx[0], hx[1])
         restart = None if reset_state is None else (reset_state[0], reset_state[1])
-        return _sequence(self, "lstm", input, states, lengths, reset, restart, return_states)
+        return sequence(self, "lstm", input, states, lengths, reset, restart, return_states)
 
 
 class GRU(Extended, torch.nn.GRU):
@@ -470,11 +470,11 @@ def one_state(
             return short
     states = None if hx is None else (hx,)
     restart = None if reset_state is None else (reset_state,)
-    y, (final,), *kept = _sequence(module, cell, input, states, lengths, reset, restart, return_states)
+    y, (final,), *kept = sequence(module, cell, input, states, lengths, reset, restart, return_states)
     return (y, final, tuple(h for (h,) in kept[0])) if kept else (y, final)
 
 
-def _sequence(
+def sequence(
     module: Extended,
     cell: str,
     input: Tensor | PackedSequence,
@@ -499,7 +499,7 @@ def _sequence(
     y, final, states = _call.run(
         cell, data, hx, weights, module.bias, module.num_layers, module.dropout, module.training,
         module.bidirectional, module.batch_first, sizes, lengths, reset, reset_state, return_states,
-        module.memory, module.options, module._project,
+        module.memory, module.options, module._project, module._heads,
     )  # fmt: skip
     if sizes is None:
         return (y, final, states) if return_states else (y, final)

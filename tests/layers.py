@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from states import natural
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
@@ -180,7 +181,7 @@ def random_call(
     groups = tuple(
         Group(draw(G * H, I), draw(G * H), tuple(draw(*sizes.get(name, (H,))) for name in names)) for _ in reverse
     )
-    states = tuple(draw(N, B, width if k == 0 else H) for k in range(len(spec.states)))
+    states = natural(spec, [draw(N, B, width if k == 0 else H) for k in range(len(spec.states))])
     return Call(cell, draw(T * B, 1, I), states, groups, names, reverse, T, B)
 
 
@@ -197,11 +198,11 @@ def everything(cell: str, P: int | None = None, **sizes: Any) -> Call:
     noise = {"h": (mask(N, call.B, W), 1.4), "h_step": (mask(S, N, W), 1.3), "zoneout_h": (~mask(S, N, W), 1.0)}
     noise |= {name: (mask(S, N, H), 1.2) for name in spec.masks}
     options: dict[str, Any] = {"proj_clip": 0.8 if P else 0.0}
-    if len(spec.states) > 1:
+    if spec.has_c:
         noise["zoneout_c"] = (~mask(S, N, H), 1.0)
         options["cell_clip"] = 0.7
     lengths = torch.tensor([call.T, 0, *[call.T - 1] * (call.B - 2)])[: call.B]
-    restart = tuple(torch.randn_like(s).mul_(0.6).requires_grad_() for s in call.states)
+    restart = natural(spec, [torch.randn_like(s).mul_(0.6).requires_grad_() for s in call.states])
     return replace(
         call,
         lengths=lengths,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from states import natural
 from tolerance import check, check_grad
 from torch import Tensor
 
@@ -100,7 +101,7 @@ def inputs_of(case: Case) -> ScanInputs:
 
     def states(rows: int) -> tuple[Tensor, ...]:
         rest = (normal(N, rows, H, dtype=accumulate) for _ in cell.states[1:])
-        return normal(N, rows, P), *rest
+        return natural(cell, (normal(N, rows, P), *rest))
 
     lengths, offsets, S = lengths_of(case, rng), None, T * B
     if case.layout == "packed":

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from states import natural
 from tolerance import check, check_grad
 from torch.func import jvp
 
@@ -32,7 +33,7 @@ def option_sets(cell: CellSpec) -> list[tuple[str, ...]]:
     peepholes = tuple(name for name in cell.small if name.startswith("peephole"))
     norms = tuple(name for name in cell.small if name.startswith("ln_"))
     each += [names for names in (peepholes, norms) if names]
-    if "c" in cell.states:
+    if cell.has_c:
         each.append(("cell_clip",))
     return [(), *each, tuple(itertools.chain(*each))]
 
@@ -51,7 +52,7 @@ def draw(*size: int) -> torch.Tensor:
 @pytest.mark.parametrize("cell, names", CASES)
 def test_step_backward_is_the_derivative_of_step(cell, names):
     gx, gh = (tuple(draw(ROWS, H) for _ in cell.gates) for _ in range(2))
-    states = tuple(draw(ROWS, H) for _ in cell.states)
+    states = natural(cell, [draw(ROWS, H) for _ in cell.states])
     params = {name: draw(H) for name in cell.small if name in names}
     noise = {name: (torch.rand(ROWS, H) > 0.4) * 1.7 for name in cell.masks if name in names}
     aux = Aux(params, {k: v.to(D) for k, v in noise.items()}, 0.9 if "cell_clip" in names else 0.0)
@@ -74,10 +75,10 @@ def test_jacobian_and_tangents_are_those_of_step_and_step_backward(cell):
         return tuple(torch.randn(ROWS, H, dtype=D) for _ in names)
 
     plain = Aux({}, {}, 0.0)
-    primals = tuple(rows(names) for names in (cell.gates, cell.gates, cell.states))
+    primals = rows(cell.gates), rows(cell.gates), natural(cell, rows(cell.states))
     moved = tuple(rows(names) for names in (cell.gates, cell.gates, cell.states))
     (_, planes), truth = jvp(lambda *v: cell.step(*v, plain), primals, moved)
-    jacobian, tplanes = cell.jacobian(planes, primals[2]), cell.planes_jvp(*moved[:2], planes)
+    jacobian, tplanes = cell.jacobian(planes, primals[2]), cell.planes_jvp(*moved[:2], planes, moved[2])
     new = []
     for gx, gh, states in zip(*jacobian, strict=True):
         terms = [gx * torch.stack(moved[0], -2), gh * torch.stack(moved[1], -2)]
@@ -96,7 +97,7 @@ def test_jacobian_and_tangents_are_those_of_step_and_step_backward(cell):
 @pytest.mark.parametrize("cell", CELLS.values(), ids=list(CELLS))
 def test_split_names_the_gates_whose_gradients_differ(cell):
     gx, gh = (tuple(draw(ROWS, H) for _ in cell.gates) for _ in range(2))
-    states = tuple(draw(ROWS, H) for _ in cell.states)
+    states = natural(cell, [draw(ROWS, H) for _ in cell.states])
     aux = Aux({}, {}, 0.0)
     _, planes = cell.step(gx, gh, states, aux)
     dgx, dgh, _, _ = cell.step_backward(tuple(torch.ones_like(s) for s in states), planes, states, aux)
@@ -115,7 +116,7 @@ def test_step_is_torchs_cell(cell):
     if cell.name not in modules:
         pytest.skip(f"torch.nn has no {cell.name} cell")
     m, x = modules[cell.name], draw(ROWS, 3)
-    states = tuple(draw(ROWS, H) for _ in cell.states)
+    states = natural(cell, [draw(ROWS, H) for _ in cell.states])
     gx = (x @ m.weight_ih.T + m.bias_ih).chunk(len(cell.gates), -1)
     gh = (states[0] @ m.weight_hh.T + m.bias_hh).chunk(len(cell.gates), -1)
     new, _ = cell.step(gx, gh, states, Aux({}, {}, 0.0))

@@ -20,7 +20,7 @@ def with_options(case: Case) -> ScanInputs:
     inputs, cell = inputs_of(case), CELLS[case.cell]
     rng, generator = random.Random(str(case)), torch.Generator().manual_seed(case.seed)
     (S, N, width), B, P = inputs.gx.shape, inputs.B, inputs.states[0].shape[-1]
-    H, two = width // len(cell.gates), len(cell.states) > 1
+    H, two = width // len(cell.gates), cell.has_c
     sizes = {"h": (N, B, P), "h_step": (S, N, P), "zoneout_h": (S, N, P), "zoneout_c": (S, N, H)}
     sizes |= {name: (S, N, H) for name in cell.masks}
     names = [name for name in sizes if (two or name != "zoneout_c") and rng.random() < 0.5]

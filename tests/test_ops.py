@@ -81,6 +81,8 @@ def test_opcheck(cell, P, kind, backend):
 @pytest.mark.parametrize("layers, bidirectional", [(1, False), (2, True)])
 @pytest.mark.parametrize("cell, P", PROJECTED)
 def test_opcheck_of_inference(cell, P, layers, bidirectional, backend):
+    if cell == "slstm":
+        pytest.skip("calls with heads are no plain ones")
     module = getattr(rnnkern, TITLES[cell])
     kwargs = {"nonlinearity": cell.rpartition("_")[2]} if "_" in cell else {"proj_size": P} if P else {}
     kwargs |= {"batch_norm": False} if cell == "ligru" else {}  # that is no plain call

@@ -37,6 +37,21 @@ def ligru(gx: Tensor, w: dict[str, Any], h: Tensor) -> States:
     return ((1 - z) * n + z * h,)
 
 
+def slstm(gx: Tensor, w: dict[str, Any], h: Tensor, c: Tensor, n: Tensor, m: Tensor) -> States:
+    """Head by head, as the paper has it but for units of no past, where it divides by 0."""
+    new = []
+    for k, w_hh in enumerate(w["weight_hh"]):
+        own = slice(k * w_hh.shape[1], (k + 1) * w_hh.shape[1])
+        b = None if w["bias_hh"] is None else w["bias_hh"][k]
+        i, f, z, o = (gx.chunk(len(w["weight_hh"]), -1)[k] + linear(h[:, own], w_hh, b)).chunk(4, -1)
+        kept = torch.where(n[:, own] == 0, -torch.inf, torch.nn.functional.logsigmoid(f) + m[:, own])
+        m_new = torch.where(kept > i, kept, i)
+        i, f = (i - m_new).exp(), (kept - m_new).exp()
+        c_new, n_new = f * c[:, own] + i * z.tanh(), f * n[:, own] + i
+        new.append((o.sigmoid() * c_new / n_new, c_new, n_new, m_new))
+    return tuple(torch.cat(parts, -1) for parts in zip(*new, strict=True))
+
+
 def normalised(module: Any, end: str, product: Tensor, exist: Tensor) -> Tensor:
     """Batch normalisation over the rows that exist, or by running estimates."""
     mean, var = getattr(module, "bn_mean" + end), getattr(module, "bn_var" + end)
@@ -52,6 +67,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], Callable[..., States]]] = {
     "IndRNN": ("IndRNN", {}, indrnn_relu),
     "LiGRU": ("LiGRU", {}, ligru),
     "LiGRU bare": ("LiGRU", {"batch_norm": False}, ligru),
+    "SLSTM": ("SLSTM", {"num_heads": 3}, slstm),
     "IndRNN tanh": ("IndRNN", {"nonlinearity": "tanh"}, indrnn_tanh),
 }
 
@@ -69,6 +85,9 @@ def loop(
         for end in ("", "_reverse")[: 1 + module.bidirectional]:
             names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
             w = {name: getattr(module, f"{name}_l{k}{end}", None) for name in names}
+            if w["weight_ih"].dim() == 3:  # heads
+                w["weight_ih"], bias = w["weight_ih"].flatten(0, 1), w["bias_ih"]
+                w["bias_ih"] = None if bias is None else bias.flatten()
             gx = linear(x, w["weight_ih"])
             if getattr(module, "batch_norm", False):
                 gx = normalised(module, f"_l{k}{end}", gx, torch.arange(T).unsqueeze(1) < lengths)

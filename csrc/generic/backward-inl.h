@@ -39,11 +39,11 @@ class BackwardScan {
     prefer_large_pages(f.dgx, f.S * f.N * G * f.H * sizeof(ST));
     prefer_large_pages(f.dgh, f.S * f.N * G * f.H * sizeof(ST));
     mem_.add(&dh_, rows * h_stride_);
-    mem_.add(&dc_, K > 1 ? rows * c_stride_ : 0);
+    mem_.add(&dc_, rows * (K - 1) * c_stride_);
     mem_.add(&dg_, 2 * rows * g_stride_);
     mem_.add(&dp_, projected_ ? rows * d_stride_ : 0);
     mem_.add(&fresh_h_, f.dreset_state[0] ? rows * h_stride_ : 0);
-    mem_.add(&fresh_c_, f.dreset_state[0] && K > 1 ? rows * c_stride_ : 0);
+    mem_.add(&fresh_c_, f.dreset_state[0] ? rows * (K - 1) * c_stride_ : 0);
     mem_.add(&hh_, pack_ ? f.N * out_blocks_ * n * hh_steps_ : 0);
     mem_.add(&hr_, pack_ && projected_ ? f.N * blocks_ * n * hr_steps_ : 0);
     mem_.add(&sums_, threads() * f.B * 4 * n);
@@ -80,7 +80,9 @@ class BackwardScan {
   void start_row(int64_t g, int64_t i);
 
   CT* dh_at(int64_t g, int64_t i) { return dh_ + (g * f_.B + i) * h_stride_; }
-  CT* dc_at(int64_t g, int64_t i) { return dc_ + (g * f_.B + i) * c_stride_; }
+  // Of state k of those beyond h: its gradient, and the sum of those that went to the states of resets.
+  CT* dc_at(int64_t g, int64_t i, int k) { return dc_ + ((g * f_.B + i) * (K - 1) + k - 1) * c_stride_; }
+  CT* fresh_at(int64_t g, int64_t i, int k) { return fresh_c_ + ((g * f_.B + i) * (K - 1) + k - 1) * c_stride_; }
   A* dg_at(int64_t g, int parity, int64_t i) { return dg_ + ((g * 2 + parity) * f_.B + i) * g_stride_; }
   A* dp_at(int64_t g, int64_t i) { return dp_ + (g * f_.B + i) * d_stride_; }
 
@@ -232,27 +234,26 @@ class BackwardScan {
   // Where the states that entered a step lie; null: zero.
   struct Entering {
     const ST* h;
-    const CT* c;
+    const CT* c[K];  // of every state but h
     bool fresh;
   };
 
   Entering entering(const Job& job, int64_t t, int64_t i, int64_t row) const {
     int64_t b = rows_.batch_row(i), own = job.g * f_.B + b;
     bool fresh = rows_.resets(row, job.g);
-    const ST* h = nullptr;
-    const CT* c = nullptr;
+    Entering from{nullptr, {}, fresh};
     if (fresh) {
-      if (Cell::kReadsH) h = reset_value<ST>(f_, 0, job.g, b);
-      if constexpr (K > 1) c = reset_value<CT>(f_, 1, job.g, b);
+      if (Cell::kReadsH) from.h = reset_value<ST>(f_, 0, job.g, b);
+      for (int k = 1; k < K; k++) from.c[k] = reset_value<CT>(f_, k, job.g, b);
     } else if (t == rows_.first(i, job.w.reverse)) {
-      h = (const ST*)f_.state[0] + own * f_.P;
-      if constexpr (K > 1) c = (const CT*)f_.state[1] + own * f_.H;
+      from.h = (const ST*)f_.state[0] + own * f_.P;
+      for (int k = 1; k < K; k++) from.c[k] = (const CT*)f_.state[k] + own * f_.H;
     } else {
       int64_t before = rows_.at(job.w.reverse ? t + 1 : t - 1, i) * f_.N + job.g;
-      h = (const ST*)f_.y + before * f_.P;
-      if constexpr (K > 1) c = (const CT*)f_.seq + before * f_.H;
+      from.h = (const ST*)f_.y + before * f_.P;
+      for (int k = 1; k < K; k++) from.c[k] = (const CT*)f_.seq[k] + before * f_.H;
     }
-    return {h, c, fresh};
+    return from;
   }
 
   // What step t will read and write of this thread's columns, for some of its rows.
@@ -264,7 +265,7 @@ class BackwardScan {
                        own.end <= f_.P ? own : job.out.columns(n, f_.P), false);
       for (int q = 0; q < Q; q++) prefetch_columns((const ST*)f_.planes + (at * Q + q) * f_.H, own, false);
       for (int g = 0; g < G; g++) prefetch_columns((const ST*)f_.dgx + (at * G + g) * f_.H, own, true);
-      if (K > 1) prefetch_columns((const CT*)f_.seq + at * f_.H, own, false);
+      for (int k = 1; k < K; k++) prefetch_columns((const CT*)f_.seq[k] + at * f_.H, own, false);
     }
   }
 
@@ -290,7 +291,7 @@ class BackwardScan {
   RK_INLINE void load_step(int64_t at, int64_t j, int valid, const Entering& from, V* plane, V* state) const {
     for (int q = 0; q < Q; q++) plane[q] = load((const ST*)f_.planes + (at * Q + q) * f_.H + j, valid);
     if (Cell::kReadsH) state[0] = from.h ? load(from.h + j, valid) : V{};
-    if constexpr (K > 1) state[1] = from.c ? load(from.c + j, valid) : V{};
+    for (int k = 1; k < K; k++) state[k] = from.c[k] ? load(from.c[k] + j, valid) : V{};
   }
 
   template <bool kOptions>
@@ -300,9 +301,9 @@ class BackwardScan {
     V dstate[K], plane[Q], state[K], dgx[G], dgh[G], denter[K];
     dstate[0] = dh;
     load_step(at, j, valid, from, plane, state);
-    if constexpr (K > 1) {
-      dstate[1] = load(dc_at(job.g, i) + j);
-      if (f_.dseq) dstate[1] += load((const CT*)f_.dseq + at * f_.H + j, valid);
+    for (int k = 1; k < K; k++) {
+      dstate[k] = load(dc_at(job.g, i, k) + j);
+      if (f_.dseq[k]) dstate[k] += load((const CT*)f_.dseq[k] + at * f_.H + j, valid);
     }
     if constexpr (kOptions)
       optional_back(job, at * f_.H, j, valid, norm, dstate, plane, state, dgx, dgh, denter);
@@ -322,16 +323,16 @@ class BackwardScan {
       if (kOptions && zones_h_) denter[0] += load(to);
       store(to, denter[0]);
     }
-    if constexpr (K > 1) {
+    for (int k = 1; k < K; k++) {
       if (__builtin_expect(from.fresh, 0)) {
         if (f_.dreset_state[0]) {
-          CT* sum = fresh_c_ + (job.g * f_.B + i) * c_stride_ + j;
-          store(sum, load(sum) + denter[1]);
+          CT* sum = fresh_at(job.g, i, k) + j;
+          store(sum, load(sum) + denter[k]);
         }
-        denter[1] = V{};
+        denter[k] = V{};
       }
-      if (kOptions) denter[1] = bounded(denter[1], CT(f_.options->grad_clip));
-      store(dc_at(job.g, i) + j, denter[1]);
+      if (kOptions) denter[k] = bounded(denter[k], CT(f_.options->grad_clip));
+      store(dc_at(job.g, i, k) + j, denter[k]);
     }
   }
 
@@ -346,7 +347,7 @@ class BackwardScan {
                      const V* plane, const V* state, V* dgx, V* dgh, V* denter) {
     const Options& o = *f_.options;
     StepOptions<V, CT> options = options_at(job, at, j, valid, norm, f_.dsmall ? job.small : nullptr);
-    if (K == 1 || !o.zones(1)) return Cell::step_backward(dstate, plane, state, dgx, dgh, denter, options);
+    if (K != 2 || !o.zones(1)) return Cell::step_backward(dstate, plane, state, dgx, dgh, denter, options);
     V stay = stays<CT>(o, 1, at + j, valid), to_c = stay * dstate[K - 1];
     dstate[K - 1] *= 1 - stay;
     Cell::step_backward(dstate, plane, state, dgx, dgh, denter, options);
@@ -417,10 +418,10 @@ class BackwardScan {
       int64_t i = job.rows[k];
       int64_t to = job.g * f_.B + rows_.batch_row(i), from = job.g * f_.B + i;
       narrow_columns(dh_ + from * h_stride_, (ST*)f_.dstate[0] + to * f_.P, h);
-      if constexpr (K > 1) narrow_columns(dc_ + from * c_stride_, (CT*)f_.dstate[1] + to * f_.H, c);
+      for (int j = 1; j < K; j++) narrow_columns(dc_at(job.g, i, j), (CT*)f_.dstate[j] + to * f_.H, c);
       if (!f_.dreset_state[0]) continue;
       narrow_columns(fresh_h_ + from * h_stride_, (ST*)f_.dreset_state[0] + to * f_.P, h);
-      if constexpr (K > 1) narrow_columns(fresh_c_ + from * c_stride_, (CT*)f_.dreset_state[1] + to * f_.H, c);
+      for (int j = 1; j < K; j++) narrow_columns(fresh_at(job.g, i, j), (CT*)f_.dreset_state[j] + to * f_.H, c);
     }
   }
 

@@ -69,9 +69,9 @@ void ForwardScan<Cell, M>::enter_row(int64_t g, int64_t i) {
       }
     }
   }
-  if constexpr (Cell::kStates > 1) {
-    const CT* c = fresh ? reset_value<CT>(f_, 1, g, b) : initial<CT>(1, (g * f_.B + b) * f_.H);
-    CT* to = c_at(g, i);
+  for (int k = 1; k < K; k++) {
+    const CT* c = fresh ? reset_value<CT>(f_, k, g, b) : initial<CT>(k, (g * f_.B + b) * f_.H);
+    CT* to = c_at(g, i, k);
     for (int64_t j = 0; j < c_stride_; j++) to[j] = c && j < f_.H ? c[j] : CT(0);
   }
   if (projected_)
@@ -107,14 +107,15 @@ template <class Cell, class M>
 void BackwardScan<Cell, M>::start_row(int64_t g, int64_t i) {
   int64_t from = g * f_.B + rows_.batch_row(i);
   copy_left<Plain<CT, ST>>((const ST*)f_.dfinal[0] + from * f_.P, f_.P, h_stride_, dh_at(g, i));
-  if constexpr (K > 1) copy_left<Plain<CT, CT>>((const CT*)f_.dfinal[1] + from * f_.H, f_.H, c_stride_, dc_at(g, i));
+  for (int k = 1; k < K; k++)
+    copy_left<Plain<CT, CT>>((const CT*)f_.dfinal[k] + from * f_.H, f_.H, c_stride_, dc_at(g, i, k));
   for (int parity = 0; parity < 2; parity++)
     for (int64_t j = G * f_.H; j < g_stride_; j++) dg_at(g, parity, i)[j] = A{};
   if (projected_)
     for (int64_t j = f_.P; j < d_stride_; j++) dp_at(g, i)[j] = A{};
   if (f_.dreset_state[0]) {
     __builtin_memset(fresh_h_ + (g * f_.B + i) * h_stride_, 0, h_stride_ * sizeof(CT));
-    if (K > 1) __builtin_memset(fresh_c_ + (g * f_.B + i) * c_stride_, 0, c_stride_ * sizeof(CT));
+    if (K > 1) __builtin_memset(fresh_at(g, i, 1), 0, (K - 1) * c_stride_ * sizeof(CT));
   }
 }
 

@@ -7,7 +7,7 @@ class ForwardScan {
   typedef typename M::A A;
   typedef typename M::W W;
   typedef vec<CT> V;
-  static constexpr int n = Simd<CT>::n, G = Cell::kGates;
+  static constexpr int n = Simd<CT>::n, G = Cell::kGates, K = Cell::kStates;
   static constexpr int kUnits = units_in_panel(G), kWide = units_in_panel(1);
   static constexpr int64_t kFairRows = 8;  // a full tile: fewer would read the weights for too little
 
@@ -38,14 +38,14 @@ class ForwardScan {
     plan_chunks();
     int64_t cells = f.S * f.N * f.H;
     prefer_large_pages(f.y, f.S * f.N * f.P * sizeof(ST));
-    prefer_large_pages(f.seq, cells * sizeof(CT));
+    for (int k = 1; k < K; k++) prefer_large_pages(f.seq[k], cells * sizeof(CT));
     prefer_large_pages(f.planes, cells * Cell::kPlanes * sizeof(ST));
     prefer_large_pages(f.hidden, cells * sizeof(ST));
     int threads = split_.threads();
     drops_ = f.options && f.options->drops();
     mem_.add(&h_, f.N * 2 * f.B * h_stride_);
     mem_.add(&left_, drops_ ? f.N * 2 * f.B * h_stride_ : 0);
-    mem_.add(&c_, Cell::kStates > 1 ? f.N * f.B * c_stride_ : 0);
+    mem_.add(&c_, f.N * f.B * (K - 1) * c_stride_);
     mem_.add(&m_, projected_ ? f.N * f.B * m_stride_ : 0);
     mem_.add(&bias_hh_, f.N * blocks_ * G * n);
     mem_.add(&bias_ih_, f.N * blocks_ * G * n);
@@ -89,7 +89,7 @@ class ForwardScan {
   static constexpr int64_t kChunkBytes = (M::kTiles ? 4 : 1) * 384 * 1024, kChunkRows = 192;
 
   static void copy_states(const Forward& f) {
-    for (int k = 0; k < Cell::kStates; k++)
+    for (int k = 0; k < K; k++)
       if (size_t bytes = f.N * f.B * (k ? f.H * sizeof(CT) : f.P * sizeof(ST)))
         __builtin_memcpy(f.final_state[k], f.state[k], bytes);
   }
@@ -106,7 +106,8 @@ class ForwardScan {
   A* left_at(int64_t g, int parity, int64_t i) {
     return drops_ ? left_ + ((g * 2 + parity) * f_.B + i) * h_stride_ : h_at(g, parity, i);
   }
-  CT* c_at(int64_t g, int64_t i) { return c_ + (g * f_.B + i) * c_stride_; }
+  // State k of those beyond h.
+  CT* c_at(int64_t g, int64_t i, int k) { return c_ + ((g * f_.B + i) * (K - 1) + k - 1) * c_stride_; }
   A* m_at(int64_t g, int64_t i) { return m_ + (g * f_.B + i) * m_stride_; }
 
   // An initial state; null: zero.
@@ -254,7 +255,7 @@ class ForwardScan {
       int64_t at = rows_.at(t, job.rows[k]) * f_.N + job.g;
       for (int q = 0; q < Cell::kPlanes; q++)
         prefetch_columns((const ST*)f_.planes + (at * Cell::kPlanes + q) * f_.H, own, true);
-      if (Cell::kStates > 1) prefetch_columns((const CT*)f_.seq + at * f_.H, own, true);
+      for (int k = 1; k < K; k++) prefetch_columns((const CT*)f_.seq[k] + at * f_.H, own, true);
     }
   }
 
@@ -322,28 +323,28 @@ class ForwardScan {
     for (int u = 0; u < units; u++) {
       int64_t j = (block + u) * n;
       int valid = int(f_.H - j < n ? f_.H - j : n);
-      V x[G], h[G], state[Cell::kStates], plane[Cell::kPlanes];
+      V x[G], h[G], state[K], plane[Cell::kPlanes];
       load_gates(job, row, j, valid, gx ? gx + u * G * n : nullptr, gh + u * G * n, x, h);
       if (Cell::kReadsH) state[0] = load(h_at(job.g, parity, i) + j);
-      if constexpr (Cell::kStates > 1) state[1] = load(c_at(job.g, i) + j);
+      for (int k = 1; k < K; k++) state[k] = load(c_at(job.g, i, k) + j);
       if constexpr (kOptions) {
-        V c0 = state[Cell::kStates - 1];
+        V c0 = state[K - 1];
         Cell::step(x, h, state, plane, options_at(job, at * f_.H, j, valid, norm));
-        if (Cell::kStates > 1 && f_.options->zones(1))
-          state[1] = mixed(stays<CT>(*f_.options, 1, at * f_.H + j, valid), c0, state[1]);
+        if (K == 2 && f_.options->zones(1))
+          state[K - 1] = mixed(stays<CT>(*f_.options, 1, at * f_.H + j, valid), c0, state[K - 1]);
       } else {
         Cell::step(x, h, state, plane, NoOptions());
       }
       if (f_.planes)
         for (int q = 0; q < Cell::kPlanes; q++)
           store((ST*)f_.planes + (at * Cell::kPlanes + q) * f_.H + j, plane[q], valid);
-      if constexpr (Cell::kStates > 1) {
-        if (f_.seq) store((CT*)f_.seq + at * f_.H + j, state[1], valid);
+      for (int k = 1; k < K; k++) {
+        if (f_.seq[k]) store((CT*)f_.seq[k] + at * f_.H + j, state[k], valid);
         if (restart) {
-          const CT* c = reset_value<CT>(f_, 1, job.g, b);
-          state[1] = c ? load(c + j, valid) : V{};
+          const CT* c = reset_value<CT>(f_, k, job.g, b);
+          state[k] = c ? load(c + j, valid) : V{};
         }
-        store(c_at(job.g, i) + j, state[1]);
+        store(c_at(job.g, i, k) + j, state[k]);
       }
       if (projected_) {
         if (f_.hidden) store((ST*)f_.hidden + at * f_.H + j, state[0], valid);
@@ -426,9 +427,9 @@ class ForwardScan {
       const ST* h = initial<ST>(0, to * f_.P);
       if (rows_.length(i)) h = (const ST*)f_.y + (rows_.at(rows_.last(i, job.w.reverse), i) * f_.N + job.g) * f_.P;
       if (f_.final_state[0]) copy_columns(h, (ST*)f_.final_state[0] + to * f_.P, h_cols);
-      if constexpr (Cell::kStates > 1) {
-        const CT* c = rows_.length(i) ? c_at(job.g, i) : initial<CT>(1, to * f_.H);
-        copy_columns(c, (CT*)f_.final_state[1] + to * f_.H, c_cols);
+      for (int k = 1; k < K; k++) {
+        const CT* c = rows_.length(i) ? c_at(job.g, i, k) : initial<CT>(k, to * f_.H);
+        copy_columns(c, (CT*)f_.final_state[k] + to * f_.H, c_cols);
       }
     }
   }

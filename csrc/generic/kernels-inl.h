@@ -16,6 +16,7 @@
 #include "../cells/gru.h"
 #include "../cells/mgu.h"
 #include "../cells/ligru.h"
+#include "../cells/slstm.h"
 #include "forward-inl.h"
 #include "backward-inl.h"
 #include "begin-inl.h"
@@ -55,6 +56,8 @@ static void run_cell(const Call& call) {
       return Driver<IndRnn<true>, M>::run(call);
     case Cell::ligru:
       return Driver<LiGru, M>::run(call);
+    case Cell::slstm:
+      return Driver<SLstm, M>::run(call);
   }
 }
 

@@ -89,6 +89,33 @@ RK_INLINE V tanh_of(V x) {
   return (V)((I)r | ((I)x & E::sign));
 }
 
+// log(1 + e) for e in [0, 1], by the series of 2 artanh(e / (2 + e)), whose argument is 1/3 at most: the terms left out
+// are below half a unit in the last place.
+template <class V, class CT>
+RK_INLINE V log1p_of(V e) {
+  constexpr int kTerms = sizeof(CT) == 4 ? 7 : 16;
+  V s = e / (e + 2), w = s * s, p = splat(CT(1) / (2 * kTerms - 1));
+#pragma GCC unroll 16
+  for (int k = kTerms - 2; k >= 0; k--) p = p * w + CT(1) / (2 * k + 1);
+  return 2 * s * p;
+}
+
+// exp(-|x|): 1 and less.
+template <class V, class CT>
+RK_INLINE V exp_below_of(V x) {
+  typedef Exp<CT> E;
+  typedef typename Simd<CT>::i I;
+  V a = (V)((I)x | E::sign);
+  V scale, p;
+  exp_parts<V, CT>(at_least(a, splat(-E::tiny)), &scale, &p);
+  V r = scale * p + scale;
+  return a < -E::tiny ? splat(CT(0)) : r;
+}
+
+RK_INLINE vec<float> log1p(vec<float> e) { return log1p_of<vec<float>, float>(e); }
+RK_INLINE vec<double> log1p(vec<double> e) { return log1p_of<vec<double>, double>(e); }
+RK_INLINE vec<float> exp_below(vec<float> x) { return exp_below_of<vec<float>, float>(x); }
+RK_INLINE vec<double> exp_below(vec<double> x) { return exp_below_of<vec<double>, double>(x); }
 RK_INLINE vec<float> sigmoid(vec<float> x) { return sigmoid_of<vec<float>, float>(x); }
 RK_INLINE vec<double> sigmoid(vec<double> x) { return sigmoid_of<vec<double>, double>(x); }
 RK_INLINE vec<float> tanh(vec<float> x) { return tanh_of<vec<float>, float>(x); }

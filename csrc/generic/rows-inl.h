@@ -46,11 +46,11 @@ void ForwardScan<Cell, M>::advance_rows(const Job& job, int64_t t, int64_t count
 template <class Cell, class M>
 void ForwardScan<Cell, M>::keep_next_c(const Job& job, int64_t t, int64_t i, int64_t block, const CT* gx,
                                        const CT* gh) {
-  if constexpr (Cell::kStates > 1) {
+  if constexpr (K == 2) {
     int64_t row = rows_.at(t, i), j = block * n;
     V x[G], h[G], state[2], plane[Cell::kPlanes];
     load_gates(job, row, j, lanes(j), gx, gh, x, h);
-    state[1] = load(c_at(job.g, i) + j);
+    state[1] = load(c_at(job.g, i, 1) + j);
     Cell::step(x, h, state, plane, options_at(job, (row * f_.N + job.g) * f_.H, j, lanes(j), {}));
     store(job.next_c + j, state[1]);
   }
@@ -85,7 +85,7 @@ void BackwardScan<Cell, M>::rows_back(const Job& job, int64_t t, int64_t count, 
 template <class Cell, class M>
 void BackwardScan<Cell, M>::measure_row(const Job& job, int64_t at, const Entering& from, const CT* d,
                                         RowNorm<CT>* norm) {
-  if constexpr (K > 1) {
+  if constexpr (K == 2) {
     V dgx[G], dgh[G], denter[K];
     CT* c = job.gates + G * f_.H;
     norm->gained = c + c_stride_;

@@ -25,8 +25,13 @@ from rnnkern.cells.mgu.numba_step import step as mgu_step
 from rnnkern.cells.mgu.numba_step import step_backward as mgu_step_backward
 from rnnkern.cells.numba_math import EXACT, FAST
 from rnnkern.cells.rnn.numba_step import relu_step, relu_step_backward, tanh_step, tanh_step_backward
+from rnnkern.cells.slstm.numba_step import step as slstm_step
+from rnnkern.cells.slstm.numba_step import step_backward as slstm_step_backward
 
-CELL_IDS = {"rnn_tanh": 0, "rnn_relu": 1, "lstm": 2, "gru": 3, "mgu": 4, "indrnn_tanh": 5, "indrnn_relu": 6, "ligru": 7}
+CELL_IDS = {
+    "rnn_tanh": 0, "rnn_relu": 1, "lstm": 2, "gru": 3, "mgu": 4, "indrnn_tanh": 5, "indrnn_relu": 6, "ligru": 7,
+    "slstm": 8,
+}  # fmt: skip
 _DIAGONAL = (5, 6)
 ROUND_BF16, ROUND_FP16 = 1, 2
 _BLOCK = 512  # columns of a product done at a time: four rows of them stay in the first-level cache
@@ -44,8 +49,10 @@ def _step(cell, gx, gh, h, rest, m, planes):  # type: ignore[no-untyped-def]
         gru_step(gx, gh, h, rest, m, planes)
     elif cell == 4:
         mgu_step(gx, gh, h, rest, m, planes)
-    else:
+    elif cell == 7:
         ligru_step(gx, gh, h, rest, m, planes)
+    else:
+        slstm_step(gx, gh, h, rest, m, planes)
 
 
 @njit(**FAST)
@@ -60,8 +67,10 @@ def _step_backward(cell, dm, drest, planes, h, rest, dgx, dgh, dh):  # type: ign
         gru_step_backward(dm, drest, planes, h, rest, dgx, dgh, dh)
     elif cell == 4:
         mgu_step_backward(dm, drest, planes, h, rest, dgx, dgh, dh)
-    else:
+    elif cell == 7:
         ligru_step_backward(dm, drest, planes, h, rest, dgx, dgh, dh)
+    else:
+        slstm_step_backward(dm, drest, planes, h, rest, dgx, dgh, dh)
 
 
 @njit(**FAST)

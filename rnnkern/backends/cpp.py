@@ -17,7 +17,7 @@ try:
 except ImportError as error:
     raise ImportError(f"the C++ extension was not built ({error}); pip install -v shows why") from error
 
-_CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru", "mgu", "indrnn_tanh", "indrnn_relu", "ligru")
+_CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru", "mgu", "indrnn_tanh", "indrnn_relu", "ligru", "slstm")
 CELL_NUMBERS = {name: number for number, name in enumerate(_CELLS)}  # as csrc/api.h has them
 DTYPE_NUMBERS = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 _PARAMS = ("w_hh", "b_hh", "w_hr")
@@ -111,10 +111,10 @@ class Cpp:
             source,
             (
                 y.data_ptr(),
-                seq[0].data_ptr() if seq and saved else 0,
                 planes.data_ptr() if with_planes else 0,
                 hidden.data_ptr() if hidden.numel() else 0,
                 *(f.data_ptr() for f in final),
+                *(s.data_ptr() if saved else 0 for s in seq),
             ),
         )
         del keep, keep_layout, keep_masks  # addresses of these were in use until here
@@ -173,24 +173,24 @@ class Cpp:
             tuple(s.data_ptr() for s in states),
             (
                 y.data_ptr(),
-                seq[0].data_ptr() if seq else 0,
                 planes.data_ptr(),
                 *(t.data_ptr() if t.numel() else 0 for t in (product, projected_raw)),
+                *(s.data_ptr() for s in seq),
             ),
             (
                 dy.data_ptr(),
                 dy.stride(0),
                 dy.stride(1),
-                dseq[0].data_ptr() if dseq and dseq[0].numel() else 0,
                 *(d.data_ptr() for d in dfinal),
+                *(d.data_ptr() if d.numel() else 0 for d in dseq),
             ),
             (
                 dgx.data_ptr(),
                 dgh.data_ptr() if cell.split else 0,
                 dprod.data_ptr() if normed else 0,
                 dh.data_ptr() if projected else 0,
-                *(_padded([d.data_ptr() for d in dstates])),
-                *(_padded([d.data_ptr() for d in dresets])),
+                *(d.data_ptr() for d in dstates),
+                *(d.data_ptr() for d in dresets or (y.new_empty(0),) * len(dstates)),
                 *(address for group in dsmall for address in _small_addresses(spec, group)),
             ),
         )
@@ -207,7 +207,7 @@ def _plane_is_output(spec: ScanSpec) -> bool:
 
 
 def _has_c(spec: ScanSpec) -> bool:
-    return len(CELLS[spec.cell].states) > 1
+    return CELLS[spec.cell].has_c
 
 
 def _options(inputs: ScanInputs, grad_clip: float) -> tuple[list[Tensor], tuple[int | float, ...]]:
@@ -253,10 +253,6 @@ def _projected(inputs: ScanInputs, hidden: Tensor) -> Tensor:
     at, wide = inputs.spec.params.index("w_hr"), accumulation_dtype(hidden.dtype)
     groups = enumerate(inputs.params)
     return torch.stack([hidden[:, n].to(wide) @ group[at].to(wide).T for n, group in groups], 1)
-
-
-def _padded(pointers: list[int]) -> list[int]:
-    return pointers + [0] * (2 - len(pointers))
 
 
 def _rows(x: Tensor) -> Tensor:

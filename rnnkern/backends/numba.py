@@ -261,7 +261,7 @@ class NumbaBackend:
 
 
 def _stack(rows: tuple[Tensor, ...], work: _Work) -> Tensor:
-    """[S, N, K-1, H]; of one state, as in all cells so far, a view. Gradients of no elements are zero; if all are, S
+    """[S, N, K-1, H]; of one other state a view. Gradients of no elements are zero; if all are, S
     is 0."""
     if not any(v.numel() for v in rows):
         return torch.empty((0, work.N, len(rows), work.H), dtype=work.dtype)

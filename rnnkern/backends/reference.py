@@ -164,9 +164,9 @@ class Reference:
             reasons.append(f"dtype {inputs.gx.dtype} is not a floating-point one")
         known = {"w_hh", "b_hh", "w_hr", "ln_hh", *cell.small}
         reasons += [f"{cell.name} has no parameter {name}" for name in spec.params if name not in known]
-        known = {"h", "h_step", "zoneout_h", *(("zoneout_c",) if len(cell.states) > 1 else ()), *cell.masks}
+        known = {"h", "h_step", "zoneout_h", *(("zoneout_c",) if cell.has_c else ()), *cell.masks}
         reasons += [f"{cell.name} has no mask {name}" for name in spec.noise if name not in known]
-        if len(cell.states) == 1 and (spec.cell_clip or spec.zoneout[1]):
+        if not cell.has_c and (spec.cell_clip or spec.zoneout[1]):
             reasons.append(f"{cell.name} has no state c to clip or zone out")
         return reasons
 

@@ -91,3 +91,34 @@ def tanh(x):  # type: ignore[no-untyped-def]
     e = rest + (scale - type(x)(1))  # expm1: no cancellation near 0
     t = e / (e + type(x)(2))
     return t if x < type(x)(0) else -t
+
+
+@njit(**EXACT)
+def exp_below(x):  # type: ignore[no-untyped-def]
+    """exp(-|x|): 1 and less, and exactly 0 at an infinite x."""
+    scale, rest = _scaled(-abs(x))
+    return type(x)(0) if abs(x) > type(x)(708) else scale + rest
+
+
+@njit(**EXACT)
+def log1p(e):  # type: ignore[no-untyped-def]
+    """log(1 + e) of 0 <= e <= 1, by the series of 2 artanh(s) with s = e / (e + 2), 1/3 at most."""
+    s = e / (e + type(e)(2))
+    w = s * s
+    p = type(e)(1 / 31)
+    p = p * w + type(e)(1 / 29)
+    p = p * w + type(e)(1 / 27)
+    p = p * w + type(e)(1 / 25)
+    p = p * w + type(e)(1 / 23)
+    p = p * w + type(e)(1 / 21)
+    p = p * w + type(e)(1 / 19)
+    p = p * w + type(e)(1 / 17)
+    p = p * w + type(e)(1 / 15)
+    p = p * w + type(e)(1 / 13)
+    p = p * w + type(e)(1 / 11)
+    p = p * w + type(e)(1 / 9)
+    p = p * w + type(e)(1 / 7)
+    p = p * w + type(e)(1 / 5)
+    p = p * w + type(e)(1 / 3)
+    p = p * w + type(e)(1)
+    return type(e)(2) * s * p

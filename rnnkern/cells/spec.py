@@ -42,7 +42,7 @@ class CellSpec:
     cell that lacks them has the reference differentiated. Arguments and results that begin with t are tangents.
 
     * ``jacobian(planes, states) -> Jacobian`` of the new states.
-    * ``planes_jvp(tgx, tgh, planes) -> tplanes``
+    * ``planes_jvp(tgx, tgh, planes, tstates) -> tplanes``
     * ``step_backward_jvp(dstates, planes, tplanes, states, tstates) -> (tdgx, tdgh, tdentering)``: how the result of
       step_backward moves while dstates stay. It is linear in those: with their own tangents it is the Jacobian's
       transpose.
@@ -55,19 +55,25 @@ class CellSpec:
     step: Callable[..., tuple[Row, Row]]
     step_backward: Callable[..., StepGrads]
     jacobian: Callable[[Row, Row], Jacobian] | None = None
-    planes_jvp: Callable[[Row, Row, Row], Row] | None = None
+    planes_jvp: Callable[[Row, Row, Row, Row], Row] | None = None
     step_backward_jvp: Callable[..., tuple[Row, Row, Row]] | None = None
     split: tuple[str, ...] = ()  # gates whose dgh differs from dgx (GRU: n); empty: dgh is not stored
     small: tuple[str, ...] = ()  # elementwise parameters it accepts; the driver sums their gradients, no atomics
     row: tuple[str, ...] = ()  # of those, the ones that need a whole row of H in one place
     norm: tuple[int, ...] = (1,)  # gates normalised together under ln_hh (Ba et al. 2016: LSTM (4,), GRU (2, 1))
     masks: tuple[str, ...] = ()  # step masks that the equations read ("candidate"); a driver refuses one not listed
+    scaled: bool = False  # the states beyond h are one value and its scale: none of them is clipped or zoned out alone
     mixes_h: bool = False  # the equations read h itself, at full width: backends refuse a projection
     recurrence: str = "dense"  # "dense": h W_hh^T; "diagonal": h * w_hh. Block-diagonal heads are groups
 
     @property
     def dense(self) -> bool:
         return self.recurrence == "dense"
+
+    @property
+    def has_c(self) -> bool:
+        """Whether there is a state c that can be clipped and zoned out."""
+        return len(self.states) > 1 and not self.scaled
 
     def recurrent_shape(self, H: int, P: int) -> tuple[int, ...]:
         """Of w_hh."""

@@ -36,7 +36,7 @@ def jacobian(planes: Row, states: Row) -> Jacobian:
     return Jacobian((torch.stack((jr, jz, jn), -2),), (torch.stack((jr, jz, jn * r), -2),), ((z,),))
 
 
-def planes_jvp(tgx: Row, tgh: Row, planes: Row) -> Row:
+def planes_jvp(tgx: Row, tgh: Row, planes: Row, tstates: Row) -> Row:
     (r, z, n, hn), thn = planes, tgh[2]
     tr = (tgx[0] + tgh[0]) * d_sigmoid(r)
     tz = (tgx[1] + tgh[1]) * d_sigmoid(z)

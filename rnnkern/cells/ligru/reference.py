@@ -31,7 +31,7 @@ def jacobian(planes: Row, states: Row) -> Jacobian:
     return Jacobian(h, h, ((z,),))
 
 
-def planes_jvp(tgx: Row, tgh: Row, planes: Row) -> Row:
+def planes_jvp(tgx: Row, tgh: Row, planes: Row, tstates: Row) -> Row:
     z, n = planes
     return (tgx[0] + tgh[0]) * d_sigmoid(z), d_relu(tgx[1] + tgh[1], n)
 

@@ -63,7 +63,7 @@ def jacobian(planes: Row, states: Row) -> Jacobian:
     return Jacobian((h, c), (h, c), ((None, dc * f), (None, f)))
 
 
-def planes_jvp(tgx: Row, tgh: Row, planes: Row) -> Row:
+def planes_jvp(tgx: Row, tgh: Row, planes: Row, tstates: Row) -> Row:
     (ti, tf, tg, to), (i, f, g, o) = (x + h for x, h in zip(tgx, tgh, strict=True)), planes
     return ti * d_sigmoid(i), tf * d_sigmoid(f), tg * d_tanh(g), to * d_sigmoid(o)
 

@@ -33,7 +33,7 @@ def jacobian(planes: Row, states: Row) -> Jacobian:
     return Jacobian((torch.stack((jf, jn), -2),), (torch.stack((jf, jn * f), -2),), ((1 - f,),))
 
 
-def planes_jvp(tgx: Row, tgh: Row, planes: Row) -> Row:
+def planes_jvp(tgx: Row, tgh: Row, planes: Row, tstates: Row) -> Row:
     f, n, hn = planes
     tf = (tgx[0] + tgh[0]) * d_sigmoid(f)
     return tf, (tgx[1] + tf * hn + f * tgh[1]) * d_tanh(n), tgh[1]

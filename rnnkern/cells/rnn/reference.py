@@ -22,7 +22,7 @@ def tanh_jacobian(planes: Row, states: Row) -> Jacobian:
     return _jacobian(d_tanh(planes[0]))
 
 
-def tanh_planes_jvp(tgx: Row, tgh: Row, planes: Row) -> Row:
+def tanh_planes_jvp(tgx: Row, tgh: Row, planes: Row, tstates: Row) -> Row:
     return ((tgx[0] + tgh[0]) * d_tanh(planes[0]),)
 
 
@@ -44,7 +44,7 @@ def relu_jacobian(planes: Row, states: Row) -> Jacobian:
     return _jacobian(d_relu(torch.ones_like(planes[0]), planes[0]))
 
 
-def relu_planes_jvp(tgx: Row, tgh: Row, planes: Row) -> Row:
+def relu_planes_jvp(tgx: Row, tgh: Row, planes: Row, tstates: Row) -> Row:
     return (d_relu(tgx[0] + tgh[0], planes[0]),)
 
 
