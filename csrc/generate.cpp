@@ -47,8 +47,8 @@ class Attended {
       : attention_(call.attention),
         rows_(s.B),
         h_bytes_(s.P * size_of(s.dtype)),
-        states_(s.layers * rows_ * h_bytes_),
-        readout_(rows_ * h_bytes_) {
+        states_(attention_ ? s.layers * rows_ * h_bytes_ : 0),
+        readout_(attention_ ? rows_ * h_bytes_ : 0) {
     if (!attention_) return;
     stepper.read(0, states_.data());
     if (fed() == Fed::readout) std::memcpy(readout_.data(), call.readout, readout_.size());

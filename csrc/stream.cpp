@@ -236,7 +236,10 @@ PyObject* generate(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   const int64_t all[] = {call.N, call.most};
   if (!s.V || s.V > call.reads || call.beams < 1 || call.N * call.beams != s.B || call.top_k < 0) Py_RETURN_NONE;
   try {
-    if (args[13] != Py_None && !(attention = attention_of(o, args[13], &call))) Py_RETURN_NONE;
+    if (args[13] != Py_None && !(attention = attention_of(o, args[13], &call))) {
+      PyErr_Clear();  // of a number that is none
+      Py_RETURN_NONE;
+    }
   } catch (const std::exception& error) {
     return PyErr_Format(PyExc_RuntimeError, "%s", error.what());
   }

@@ -37,7 +37,7 @@ class Attended:
                 return reason
         if any(linear.bias is not None for linear in linears):
             return "attention or its readout has a bias"
-        if source is None or state.hx is None or not isinstance(decoder.embedding, nn.Embedding):
+        if source is None or state.hx is None:
             return None
         (values, keys, padding), L = source, source.values.shape[1]
         S, P, V = attention.source_size, attention.query_size, decoder.embedding.num_embeddings

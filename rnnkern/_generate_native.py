@@ -36,11 +36,6 @@ class Plan:
             return None
         if not isinstance(steps, (Network, Written)):
             return "the model is not an embedding, a recurrent network and a head, or a Decoder"
-        attended = None
-        if isinstance(steps, Written):
-            attended, state = Attended.of(steps.decoder, state, len(prompt)), state.hx
-            if not isinstance(attended, Attended):
-                return attended
         rnn, head = steps.rnn, steps.head
         for part, kinds in ((steps.embedding, (nn.Embedding, nn.Linear)), (head, (nn.Linear,))):
             if part is not None and (reason := not_plain(part, kinds)):
@@ -63,13 +58,19 @@ class Plan:
             return "autocast is on"
         if not _fast.available():
             return dispatch.unavailable("cpp") or "this torch's tensors are not known to the extension"
+        attended = None
+        if isinstance(steps, Written):
+            found = Attended.of(steps.decoder, state, len(prompt))
+            if not isinstance(found, Attended):
+                return found
+            attended, state = found, state.hx
+            if any(t.dtype != dtype or t.device.type != "cpu" for t in attended.tensors()):
+                return None  # the decoder says what is wrong with it
         states = () if state is None else state if isinstance(state, tuple) else (state,)
         if not all(isinstance(s, Tensor) and s.dtype == dtype and s.device.type == "cpu" for s in states) or (
             state is not None and tuple(tuple(s.shape) for s in states) != shape.sizes(len(prompt))
         ):
             return None  # the network says what is wrong with it
-        if attended and any(t.dtype != dtype or t.device.type != "cpu" for t in attended.tensors()):
-            return None
         return cls(steps, attended, shape, dtype, states, options)
 
     def run(self, prompt: Tensor, lengths: Tensor, uniform: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
