@@ -2,8 +2,9 @@
 
 rnnkern.generate beside loops as they are usually written over torch.nn: an embedding, one step of the network as a cell
 and as a layer with T=1, a linear head, and the choice. For beam search, which nobody writes in a few lines, the peer is
-generate's own loop in Python over torch.nn. Interleaved rounds in one process on one thread; every call starts from the
-modules, so that what generate packs is in its time. What is greedy is checked first, token for token.
+generate's own loop in Python over torch.nn. With attention the model is a Decoder over a source of 32 steps, and
+the loops have attention in torch operations. Interleaved rounds in one process on one thread; every call starts from
+the modules, so that what generate packs is in its time. What is greedy is checked first, token for token.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ COLUMNS = (
     "date, commit, machine, cpu, torch, threads, cell, B, H, V, tokens, choice, side, rounds, us_per_step, ratio, "
     "ratio_p20, ratio_p80"
 ).split(", ")
-H, V, TOKENS, ROUNDS = 256, 1000, 128, 15
+H, V, TOKENS, ROUNDS, SOURCE = 256, 1000, 128, 15, 32
 PEER = "torch.nn cell loop"
 CHOICES: dict[str, dict[str, Any]] = {
     "greedy": {},
@@ -35,6 +36,13 @@ CHOICES: dict[str, dict[str, Any]] = {
     "top_k=50": {"do_sample": True, "top_k": 50},
     "top_p=0.9": {"do_sample": True, "top_p": 0.9},
     "num_beams=4": {"num_beams": 4},
+}
+
+# Greedy, by a decoder of these arguments.
+DECODERS: dict[str, dict[str, Any]] = {
+    "attention=dot": {"attention": "dot"},
+    "attention=dot input_feeding": {"attention": "dot", "input_feeding": True},
+    "attention=additive bahdanau": {"attention": "additive", "form": "bahdanau"},
 }
 
 Call = Callable[[], Tensor]
@@ -81,22 +89,73 @@ def loops(
     yield "torch.nn layer loop", by_layer
 
 
-def sides(kind: str, B: int, count: int, options: dict[str, Any]) -> dict[str, Call]:
+def decoder_loops(decoder: Any, start: Any, prompt: Tensor, count: int) -> Iterator[tuple[str, Call]]:
+    rnn, attention, (values, keys, _) = decoder.rnn, decoder.attention, start.source
+    cells, layers = {"LSTM": (nn.LSTMCell, nn.LSTM), "GRU": (nn.GRUCell, nn.GRU)}[rnn.mode]
+    cell, layer = cells(rnn.input_size, H), layers(rnn.input_size, H)
+    cell.load_state_dict({name.removesuffix("_l0"): value for name, value in rnn.state_dict().items()})
+    layer.load_state_dict(rnn.state_dict())
+
+    def context_of(query: Tensor) -> Tensor:
+        if attention.kind == "additive":
+            scores = attention.score(torch.tanh(attention.query(query)[:, None] + keys)).squeeze(-1)
+        else:
+            scores = torch.bmm(keys, query[:, :, None]).squeeze(-1)
+        return torch.bmm(scores.softmax(-1)[:, None], values).squeeze(1)
+
+    def loop(step: Callable[[Tensor, Any], tuple[Tensor, Any]], state: Any) -> Tensor:
+        token, tokens, readout = prompt[:, 0], [], start.readout
+        h = state[0] if isinstance(state, tuple) else state
+        for _ in range(count):
+            x = decoder.embedding(token)
+            if decoder.form == "bahdanau":
+                context = context_of(h.reshape(-1, H))
+                h, state = step(torch.cat([x, context], -1), state)
+            else:
+                h, state = step(torch.cat([x, readout], -1) if decoder.input_feeding else x, state)
+                context = context_of(h)
+            readout = torch.tanh(decoder.readout(torch.cat([context, h], -1)))
+            token = decoder.head(readout).argmax(-1)
+            tokens.append(token)
+        return torch.stack(tokens, 1)
+
+    def by_cell(x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        state = cell(x, state)
+        return (state[0] if isinstance(state, tuple) else state), state
+
+    def by_layer(x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        y, state = layer(x[None], state)
+        return y[0], state
+
+    flat = tuple(s[0] for s in start.hx) if isinstance(start.hx, tuple) else start.hx[0]
+    yield PEER, lambda: loop(by_cell, flat)
+    yield "torch.nn layer loop", lambda: loop(by_layer, start.hx)
+
+
+def sides(kind: str, B: int, count: int, choice: str) -> dict[str, Call]:
     torch.manual_seed(0)
-    rnn = {"lstm": nn.LSTM, "gru": nn.GRU}[kind](H, H)
-    embedding, head, prompt = nn.Embedding(V, H), nn.Linear(H, V), torch.randint(V, (B, 1))
-    model = embedding, rnn, head
+    prompt, state, options = torch.randint(V, (B, 1)), None, CHOICES.get(choice, {})
+    found: dict[str, Call] = {}
+    model: Any
+    if choice in DECODERS:
+        model = rnnkern.seq2seq.Decoder(V, H, H, cell=kind.upper(), source_size=H, **DECODERS[choice])
+        state = model.start(source=torch.randn(SOURCE, B, H))
+        found |= decoder_loops(model, state, prompt, count)
+    else:
+        rnn = {"lstm": nn.LSTM, "gru": nn.GRU}[kind](H, H)
+        model = nn.Embedding(V, H), rnn, nn.Linear(H, V)
+        if "num_beams" not in options:
+            found |= loops(*model, prompt, count, options)
 
     def ours() -> Tensor:
-        out = rnnkern.generate(model, prompt, count, **options)
+        out = rnnkern.generate(model, prompt, count, state=state, **options)
         assert out.backend == "cpp"
         return out.tokens
 
     def in_python() -> Tensor:
         with rnnkern.use_backend("torch"):
-            return rnnkern.generate(model, prompt, count, **options).tokens
+            return rnnkern.generate(model, prompt, count, state=state, **options).tokens
 
-    found: dict[str, Call] = {} if "num_beams" in options else dict(loops(*model, prompt, count, options))
     found |= {"generate": ours, "generate in Python": in_python}
     if "do_sample" not in options:
         truth = in_python()
@@ -109,7 +168,7 @@ def sides(kind: str, B: int, count: int, options: dict[str, Any]) -> dict[str, C
 
 def measured(kind: str, B: int, choice: str, count: int, rounds: int) -> Iterator[dict[str, Any]]:
     """The ratio is that of the peer's time to the side's in the same round."""
-    entries = sides(kind, B, count, CHOICES[choice])
+    entries = sides(kind, B, count, choice)
     peer = PEER if PEER in entries else "generate in Python"
     taken: dict[str, list[float]] = {name: [] for name in entries}
     for r in range(rounds + 1):
@@ -131,7 +190,7 @@ def measured(kind: str, B: int, choice: str, count: int, rounds: int) -> Iterato
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.generate", description=__doc__.splitlines()[0])
     parser.add_argument("--cell", nargs="*", default=["lstm", "gru"])
-    parser.add_argument("--choice", nargs="*", default=list(CHOICES))
+    parser.add_argument("--choice", nargs="*", default=[*CHOICES, *DECODERS])
     parser.add_argument("--batch", nargs="*", type=int, default=[1, 64])
     parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--rounds", type=int, default=ROUNDS)

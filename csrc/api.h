@@ -131,6 +131,7 @@ struct StreamCall {
   void* y = nullptr;                   // [T, B, P]; null: nobody asks for it
   int64_t y_t = 0, y_b = 0;
   void* logits = nullptr;           // [B, V] after the last step, of the rows that advance, accumulation dtype; or null
+  const void* read = nullptr;       // [B, P] that the head reads; null: the last layer's h
   const uint8_t* active = nullptr;  // [B]: rows that advance; y of the others is zero; null: all
 };
 
@@ -150,13 +151,50 @@ class Stepper {
   virtual double odds(const void* logits, double peak, double temperature, void* to) const = 0;
 };
 
+// What the network of a decoder with attention reads behind its token: nothing more, the context of the h before the
+// step, or the readout of the step before.
+enum class Fed : int { nothing, context, readout };
+
+struct AttentionShape {
+  DType dtype = DType::f32;
+  Fed fed = Fed::nothing;
+  bool additive = false;               // else by products of queries and keys
+  int64_t N = 0, beams = 1;            // sources, and neighbouring rows of the stepper that share one
+  int64_t L = 0, S = 0, A = 0, P = 0;  // steps of a source, features of values, keys and queries
+  int64_t width() const { return fed == Fed::context ? S : fed == Fed::readout ? P : 0; }
+};
+
+// Contiguous; matrices as bf16 if that is the dtype, all else and an additive one's keys in the accumulation dtype.
+struct AttentionWeights {
+  const void *keys = nullptr, *values = nullptr;  // [N, L, A], [N, S, L]
+  const int64_t* lengths = nullptr;               // [N]: steps of each source that exist
+  const void *query = nullptr, *score = nullptr;  // [A, P] and [A], additive only
+  const void* readout = nullptr;                  // [P, S + P]
+};
+
+// Attention over sources, and the readout tanh(W [context; h]). For one thread at a time.
+class Attention {
+ public:
+  explicit Attention(const AttentionShape& s) : shape(s) {}
+  virtual ~Attention() = default;
+  virtual void pack(const AttentionWeights& weights) = 0;
+
+  // Of the active rows [N * beams] or, with null, all: contexts of queries [rows, P], kept for `read`, and given with
+  // the stride `context_b` where context is not null; then the readouts [rows, P] of h [rows, P]. In the dtype.
+  virtual void attend(const void* query, const uint8_t* active, void* context, int64_t context_b) = 0;
+  virtual void read(const void* h, const uint8_t* active, void* readout) = 0;
+
+  const AttentionShape shape;
+};
+
 // The kernels of one instruction set.
 struct Kernels {
   const char* name;
   bool (*supported)();
   void (*forward)(const Forward&);
   void (*backward)(const Backward&);
-  Stepper* (*stepper)(const StreamShape&);  // with zero states and nothing packed; throws std::runtime_error
+  Stepper* (*stepper)(const StreamShape&);         // with zero states and nothing packed; throws std::runtime_error
+  Attention* (*attention)(const AttentionShape&);  // nothing packed; throws likewise
 };
 
 extern const Kernels kBaseline, kAvx2, kAvx512, kAvx512Bf16, kAmxBf16;

@@ -38,6 +38,61 @@ void add_to_best(std::vector<Candidate>& best, size_t wanted, Candidate one) {
   std::push_heap(best.begin(), best.end());
 }
 
+int64_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+
+// A decoder's attention from step to step: the h and the readout of every row of the stepper, in the dtype.
+class Attended {
+ public:
+  Attended(const StreamShape& s, const Stepper& stepper, const GenerateCall& call)
+      : attention_(call.attention),
+        rows_(s.B),
+        h_bytes_(s.P * size_of(s.dtype)),
+        states_(attention_ ? s.layers * rows_ * h_bytes_ : 0),
+        readout_(attention_ ? rows_ * h_bytes_ : 0) {
+    if (!attention_) return;
+    stepper.read(0, states_.data());
+    if (fed() == Fed::readout) std::memcpy(readout_.data(), call.readout, readout_.size());
+  }
+
+  explicit operator bool() const { return attention_; }
+
+  // What a step reads beside the token, into rows of x of which it is the end.
+  void feed(const uint8_t* active, char* x, int64_t x_bytes, int64_t element) {
+    if (!attention_) return;
+    const int64_t width = attention_->shape.width() * element;
+    char* to = x + x_bytes - width;
+    if (fed() == Fed::context) attention_->attend(h(), active, to, x_bytes / element);
+    for (int64_t b = 0; fed() == Fed::readout && b < rows_; b++)
+      if (active[b]) std::memcpy(to + b * x_bytes, readout_.data() + b * h_bytes_, width);
+  }
+
+  char* h() { return states_.data() + states_.size() - rows_ * h_bytes_; }  // the last layer's, where a step leaves it
+
+  // After a step: what the head reads, where it is wanted or fed.
+  const void* read(const uint8_t* active, bool wanted) {
+    if (!wanted && fed() != Fed::readout) return nullptr;
+    if (fed() != Fed::context) attention_->attend(h(), active, nullptr, 0);
+    attention_->read(h(), active, readout_.data());
+    return readout_.data();
+  }
+
+  void select(const int64_t* from) {
+    if (!attention_) return;
+    for (char* rows : {h(), readout_.data()}) {
+      spare_.assign(rows, rows + rows_ * h_bytes_);
+      for (int64_t b = 0; b < rows_; b++)
+        if (from[b] != b) std::memcpy(rows + b * h_bytes_, spare_.data() + from[b] * h_bytes_, h_bytes_);
+    }
+  }
+
+ private:
+  Fed fed() const { return attention_->shape.fed; }
+
+  Attention* attention_;
+  const int64_t rows_, h_bytes_;
+  std::vector<char> states_, readout_, spare_;  // states_: [layers, B, P], of which only the last layer is kept up
+};
+
 // What both ways of choosing have in common; T is the accumulation dtype.
 template <class T>
 class Loop : public Generation {
@@ -51,18 +106,18 @@ class Loop : public Generation {
         stops_(call.stops, call.stops + call.stop_count),
         token_(shape.B),
         active_(shape.B),
-        logits_(shape.B * shape.V) {
+        logits_(shape.B * shape.V),
+        attended_(shape, stepper, call),
+        embedded_(call.embedded(shape)) {
     for (int64_t token : prompt_)
       if (token < 0 || token >= call.reads) throw std::invalid_argument("a token of the prompt is out of range");
     for (int64_t length : lengths_)
       if (length < 1 || length > call.L) throw std::invalid_argument("a length of the prompt is out of range");
     int64_t gates = (shape.cell == Cell::lstm ? 4 : shape.cell == Cell::gru ? 3 : 1) * shape.H;
-    int64_t size = shape.dtype == DType::f64 ? 8 : shape.dtype == DType::f32 ? 4 : 2;
-    row_bytes_ = shape.I ? shape.I * size : gates * sizeof(T);
-    if (shape.I)
-      x_.resize(shape.B * row_bytes_);
-    else
-      gates_.resize(shape.B);
+    row_bytes_ = embedded_ ? embedded_ * size_of(shape.dtype) : gates * sizeof(T);
+    x_bytes_ = shape.I * size_of(shape.dtype);
+    x_.resize(shape.B * x_bytes_);
+    gates_.resize(shape.B);
   }
 
   bool advance() final {
@@ -82,15 +137,26 @@ class Loop : public Generation {
     for (int64_t b = 0; b < shape_.B; b++) {
       if (!active_[b]) continue;
       const char* from = static_cast<const char*>(call_.table) + token_[b] * row_bytes_;
-      if (shape_.I)
-        std::memcpy(x_.data() + b * row_bytes_, from, row_bytes_);
+      if (embedded_)
+        std::memcpy(x_.data() + b * x_bytes_, from, row_bytes_);
       else
         gates_[b] = from;
     }
+    attended_.feed(active_.data(), x_.data(), x_bytes_, size_of(shape_.dtype));
     call.x = x_.data(), call.x_b = shape_.I, call.active = active_.data();
-    if (!shape_.I) call.gates = gates_.data();
+    if (!embedded_) call.gates = gates_.data();
+    if (attended_) {
+      call.y = attended_.h(), call.y_b = shape_.P;
+      stepper_.run(call);
+      call.T = 0, call.read = attended_.read(active_.data(), wanted);
+    }
     if (wanted) call.logits = logits_.data();
-    stepper_.run(call);
+    if (wanted || !attended_) stepper_.run(call);
+  }
+
+  void select(const int64_t* from) {
+    stepper_.select(from);
+    attended_.select(from);
   }
 
   const T* logits(int64_t b) const { return logits_.data() + b * shape_.V; }
@@ -112,9 +178,12 @@ class Loop : public Generation {
   std::vector<int64_t> token_;   // [B]: what is read next
   std::vector<uint8_t> active_;  // [B]
   std::vector<T> logits_;        // [B, V]
-  int64_t t_ = 0, row_bytes_ = 0;
+  int64_t t_ = 0;
 
  private:
+  Attended attended_;
+  const int64_t embedded_;  // features of a token; 0: gates
+  int64_t row_bytes_ = 0, x_bytes_ = 0;
   std::vector<char> x_;
   std::vector<const void*> gates_;
 };
@@ -317,7 +386,7 @@ class Beams final : public Loop<T> {
       }
       if (search.over) finish(search, n), alive_--;
     }
-    if (moved) this->stepper_.select(from_.data());
+    if (moved) this->select(from_.data());
     this->t_++;
     return alive_ > 0;
   }

@@ -11,8 +11,8 @@ struct GenerateCall {
   int64_t reads = 0;                          // tokens of the table
   const int64_t* prompt = nullptr;            // [N, L], copied
   const int64_t* lengths = nullptr;           // [N], copied
-  const void* table = nullptr;                // [reads, I] in the dtype; with I 0: [reads, G*H], accumulation dtype
-  const double* uniform = nullptr;            // [N, most] in [0, 1): draws; null: greedy or beams
+  const void* table = nullptr;      // [reads, embedded] in the dtype; if that is 0: [reads, G*H], accumulation dtype
+  const double* uniform = nullptr;  // [N, most] in [0, 1): draws; null: greedy or beams
   double temperature = 1, top_p = 1, penalty = 1;
   int64_t top_k = 0;               // 0: all
   const int64_t* stops = nullptr;  // copied
@@ -20,6 +20,11 @@ struct GenerateCall {
   int64_t* tokens = nullptr;  // [N, most]; what a row does not get is left
   int64_t* counts = nullptr;  // [N]
   double* scores = nullptr;   // [N], of beams
+
+  Attention* attention = nullptr;  // packed; null: there is none
+  const void* readout = nullptr;   // [N * beams, P] in the dtype: of the step before the first, where it is read
+  // Behind the token's features the stepper reads what attention feeds.
+  int64_t embedded(const StreamShape& s) const { return s.I - (attention ? attention->shape.width() : 0); }
 };
 
 class Generation {

@@ -18,6 +18,7 @@ namespace {
 
 struct Object {
   PyObject_HEAD StreamShape shape;
+  const Kernels* kernels;
   std::unique_ptr<Stepper> stepper;
   std::vector<uint8_t> active;  // [B], of the call that runs
   PyObject* like = nullptr;     // a tensor of y's sizes: what is made like it costs half of what sizes do
@@ -175,10 +176,44 @@ PyObject* pack(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   Py_RETURN_TRUE;
 }
 
-// generate(prompt, lengths, table, uniform, stops, tokens, counts, scores, beams, temperature, top_k, top_p, penalty)
-// -> (row, step, peak) as Generation has them at its end, or None where something does not fit
+// The attention of a generate call, (additive, fed, keys, values, lengths, query, score, readout, readout before), or
+// null where something does not fit.
+std::unique_ptr<Attention> attention_of(Object* o, PyObject* given, GenerateCall* call) {
+  if (!PyTuple_Check(given) || PyTuple_GET_SIZE(given) != 9) return nullptr;
+  PyObject* const* args = &PyTuple_GET_ITEM(given, 0);
+  const StreamShape& s = o->shape;
+  const DType sums = sum_dtype(s), kept = s.dtype == DType::bf16 ? DType::bf16 : sums;
+  AttentionShape shape;
+  AttentionWeights w;
+  View keys, values, lengths;
+  shape.dtype = s.dtype, shape.additive = args[0] == Py_True;
+  const long fed = PyLong_AsLong(args[1]);
+  if (fed < 0 || fed > 2 || !keys.open(args[2]) || keys.ndim() != 3 || !values.open(args[3]) || values.ndim() != 3)
+    return nullptr;
+  shape.fed = Fed(fed), shape.N = call->N, shape.beams = call->beams;
+  shape.L = keys.size(1), shape.A = keys.size(2), shape.S = values.size(1), shape.P = s.P;
+  const int64_t keys_sizes[] = {shape.N, shape.L, shape.A}, values_sizes[] = {shape.N, shape.S, shape.L};
+  const int64_t query[] = {shape.A, shape.P}, readout[] = {shape.P, shape.S + shape.P}, before[] = {s.B, shape.P};
+  if (!keys.is(shape.additive ? sums : kept, keys_sizes, 3) || !values.is(kept, values_sizes, 3) ||
+      !lengths.open(args[4]) || !lengths.is(kDLInt, 64, &shape.N, 1) || !address(args[5], kept, query, 2, &w.query) ||
+      !address(args[6], sums, &shape.A, 1, &w.score) || !address(args[7], kept, readout, 2, &w.readout) ||
+      !address(args[8], s.dtype, before, 2, &call->readout))
+    return nullptr;
+  w.keys = keys.data(), w.values = values.data(), w.lengths = static_cast<const int64_t*>(lengths.data());
+  for (int64_t k = 0; k < shape.N; k++)
+    if (w.lengths[k] < 0 || w.lengths[k] > shape.L) return nullptr;
+  if (!w.readout || shape.width() > s.I || (shape.fed == Fed::readout) != (call->readout != nullptr) ||
+      shape.additive != (w.query && w.score) || (!shape.additive && shape.A != shape.P))
+    return nullptr;
+  std::unique_ptr<Attention> attention(o->kernels->attention(shape));
+  attention->pack(w);
+  return attention;
+}
+
+// generate(prompt, lengths, table, uniform, stops, tokens, counts, scores, beams, temperature, top_k, top_p, penalty,
+// attention) -> (row, step, peak) as Generation has them at its end, or None where something does not fit
 PyObject* generate(PyObject* self, PyObject* const* args, Py_ssize_t count) {
-  if (!arguments("generate", 13, count)) return nullptr;
+  if (!arguments("generate", 14, count)) return nullptr;
   Object* o = own(self);
   const StreamShape& s = o->shape;
   GenerateCall call;
@@ -195,9 +230,22 @@ PyObject* generate(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   if (!integers(prompt, args[0], 2) || !integers(tokens, args[5], 2) || !table.open(args[2]) || table.ndim() != 2)
     Py_RETURN_NONE;
   call.N = prompt.size(0), call.L = prompt.size(1), call.most = tokens.size(1), call.reads = table.size(0);
-  const int64_t table_sizes[] = {call.reads, s.I ? s.I : gates(s)}, all[] = {call.N, call.most};
-  if (!s.V || s.V > call.reads || call.beams < 1 || call.N * call.beams != s.B || call.top_k < 0 ||
-      !table.is(s.I ? s.dtype : sum_dtype(s), table_sizes, 2) || !tokens.is(kDLInt, 64, all, 2) ||
+  std::unique_ptr<Attention> attention;
+  Turn turn(self);
+  if (!turn) return nullptr;
+  const int64_t all[] = {call.N, call.most};
+  if (!s.V || s.V > call.reads || call.beams < 1 || call.N * call.beams != s.B || call.top_k < 0) Py_RETURN_NONE;
+  try {
+    if (args[13] != Py_None && !(attention = attention_of(o, args[13], &call))) {
+      PyErr_Clear();  // of a number that is none
+      Py_RETURN_NONE;
+    }
+  } catch (const std::exception& error) {
+    return PyErr_Format(PyExc_RuntimeError, "%s", error.what());
+  }
+  call.attention = attention.get();
+  const int64_t embedded = call.embedded(s), table_sizes[] = {call.reads, embedded ? embedded : gates(s)};
+  if (!table.is(embedded ? s.dtype : sum_dtype(s), table_sizes, 2) || !tokens.is(kDLInt, 64, all, 2) ||
       !lengths.open(args[1]) || !lengths.is(kDLInt, 64, all, 1) || !counts.open(args[6]) ||
       !counts.is(kDLInt, 64, all, 1))
     Py_RETURN_NONE;
@@ -216,8 +264,6 @@ PyObject* generate(PyObject* self, PyObject* const* args, Py_ssize_t count) {
     if (!scores.open(args[7]) || !scores.is(DType::f64, all, 1)) Py_RETURN_NONE;
     call.scores = static_cast<double*>(scores.data());
   }
-  Turn turn(self);
-  if (!turn) return nullptr;
   try {
     std::unique_ptr<Generation> generation = make_generation(s, *o->stepper, call);
     for (bool more = true; more;) {
@@ -295,7 +341,8 @@ PyObject* create(PyTypeObject* type, PyObject* args, PyObject*) {
   o->long_steps = s.layers * s.B * (s.cell == Cell::lstm ? 4 : 3) * s.H * (s.P + (s.layers > 1 ? s.P : s.I)) > kLong;
   try {
     o->active.reserve(s.B);
-    o->stepper.reset(choose_kernels(isa).stepper(s));
+    o->kernels = &choose_kernels(isa);
+    o->stepper.reset(o->kernels->stepper(s));
   } catch (const std::exception& error) {
     Py_DECREF(self);
     return PyErr_Format(PyExc_RuntimeError, "%s", error.what());

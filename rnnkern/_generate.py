@@ -56,8 +56,9 @@ def generate(
     r"""Writes on behind a prompt: every new token is chosen from the model's logits and fed back to it.
 
     Greedy by default; drawn at random with `do_sample`; by beam search with `num_beams`. On a CPU the whole loop runs
-    in native code where the model is one of embedding, recurrent network and linear head. Anything else goes through a
-    loop in Python, which gives the same; a warning then says why, once for each reason. Inside
+    in native code where the model is one of embedding, recurrent network and linear head, or a decoder with or without
+    attention. Anything else goes through a loop in Python, which gives the same; a warning then says why, once for each
+    reason. Inside
     ``rnnkern.use_backend("cpp")`` that is an error instead, and inside :class:`rnnkern.use_backend` with another name
     the loop in Python runs on that backend, without a warning.
 
@@ -65,10 +66,12 @@ def generate(
         model: one of
 
             * ``(embedding, rnn, head)``. The embedding is a :class:`torch.nn.Embedding`, a :class:`torch.nn.Linear`
-              that reads one-hot vectors, None for a network that reads them itself, or anything that makes `(N, H_in)`
-              of tokens `(N)`. The network is an RNN, LSTM or GRU of torch.nn or rnnkern in one direction. The head is
-              a :class:`torch.nn.Linear`, or anything that makes logits `(N, V)` of `(N, H_out)`.
-            * a :class:`rnnkern.seq2seq.Decoder`, with `state`.
+              that reads one-hot vectors, None for a network that reads them itself, all three in native code, or
+              anything that makes `(N, H_in)` of tokens `(N)`. The network is an RNN, LSTM or GRU of torch.nn or rnnkern
+              in one direction. The head is a :class:`torch.nn.Linear`, or anything that makes logits `(N, V)` of
+              `(N, H_out)`.
+            * a :class:`rnnkern.seq2seq.Decoder`, with `state`. The source that its attention reads comes with that;
+              the beams of a row share it.
             * a function of tokens `(N)` and a state that returns logits `(N, V)` and the next state. For beam search
               its state has a method ``index_select(rows)``, or consists of tensors with the batch in dimension 1, as
               torch.nn's have, in tuples, lists and dicts.

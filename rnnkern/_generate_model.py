@@ -103,8 +103,7 @@ class Network(Steps):
             return
         if self.writes is not None and self.writes > self.reads:
             raise ValueError(f"generate: the head gives {self.writes} tokens, the embedding reads {self.reads}")
-        if prompt.numel() and not (0 <= int(prompt.min()) and int(prompt.max()) < self.reads):
-            raise IndexError(f"generate: the prompt's tokens must lie in [0, {self.reads - 1}]")
+        check_prompt(prompt, self.reads)
 
     def step(self, token: Tensor, state: Any) -> tuple[Tensor, Any]:
         y, state = self.rnn(self._embedded(token).unsqueeze(1 if self.rnn.batch_first else 0), state)
@@ -119,14 +118,21 @@ class Network(Steps):
 
 
 class Written(Steps):
-    """A :class:`rnnkern.seq2seq.Decoder`."""
+    """A :class:`rnnkern.seq2seq.Decoder`, whose state is a DecoderState."""
 
     def __init__(self, decoder: Decoder) -> None:
         super().__init__(decoder.step)
-        self._tokens = decoder.embedding.num_embeddings
+        self.decoder, self.embedding, self.rnn, self.head = decoder, decoder.embedding, decoder.rnn, decoder.head
+        self.reads = self.embedding.num_embeddings
 
     def check(self, prompt: Tensor, state: Any, options: Options) -> None:
-        options.check_vocabulary(self._tokens)
+        options.check_vocabulary(self.reads)
+        check_prompt(prompt, self.reads)
+
+
+def check_prompt(prompt: Tensor, reads: int) -> None:
+    if prompt.numel() and not (0 <= int(prompt.min()) and int(prompt.max()) < reads):
+        raise IndexError(f"generate: the prompt's tokens must lie in [0, {reads - 1}]")
 
 
 def steps_of(model: Any, state: Any) -> tuple[Steps, Any]:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from rnnkern import _fast, _stream, dispatch
-from rnnkern._generate_model import Network, Options, Steps, refusal
+from rnnkern._generate_attention import Attended, not_plain
+from rnnkern._generate_model import Network, Options, Steps, Written, refusal
 from rnnkern._options import PLAIN
 from rnnkern.backends.base import accumulation_dtype
 
@@ -21,7 +22,8 @@ FEW = 8  # rows that a step multiplies in the time that it takes to read the wei
 class Plan:
     """A call that runs in native code."""
 
-    network: Network
+    network: Network | Written
+    attended: Attended | None
     shape: _stream.Shape
     dtype: torch.dtype
     states: tuple[Tensor, ...]
@@ -32,11 +34,11 @@ class Plan:
         """The reason where there is none; None where another backend was asked for, or there is nothing to do."""
         if dispatch.requested() not in (None, "cpp") or not len(prompt):
             return None
-        if not isinstance(steps, Network):
-            return "the model is not an embedding, a recurrent network and a head"
+        if not isinstance(steps, (Network, Written)):
+            return "the model is not an embedding, a recurrent network and a head, or a Decoder"
         rnn, head = steps.rnn, steps.head
         for part, kinds in ((steps.embedding, (nn.Embedding, nn.Linear)), (head, (nn.Linear,))):
-            if part is not None and (reason := _not_plain(part, kinds)):
+            if part is not None and (reason := not_plain(part, kinds)):
                 return reason
         if getattr(steps.embedding, "max_norm", None) is not None:
             return "the embedding has max_norm"
@@ -56,12 +58,20 @@ class Plan:
             return "autocast is on"
         if not _fast.available():
             return dispatch.unavailable("cpp") or "this torch's tensors are not known to the extension"
+        attended = None
+        if isinstance(steps, Written):
+            found = Attended.of(steps.decoder, state, len(prompt))
+            if not isinstance(found, Attended):
+                return found
+            attended, state = found, state.hx
+            if any(t.dtype != dtype or t.device.type != "cpu" for t in attended.tensors()):
+                return None  # the decoder says what is wrong with it
         states = () if state is None else state if isinstance(state, tuple) else (state,)
         if not all(isinstance(s, Tensor) and s.dtype == dtype and s.device.type == "cpu" for s in states) or (
             state is not None and tuple(tuple(s.shape) for s in states) != shape.sizes(len(prompt))
         ):
             return None  # the network says what is wrong with it
-        return cls(steps, shape, dtype, states, options)
+        return cls(steps, attended, shape, dtype, states, options)
 
     def run(self, prompt: Tensor, lengths: Tensor, uniform: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         o, N = self.options, len(prompt)
@@ -73,9 +83,11 @@ class Plan:
         scores = torch.empty(N, dtype=torch.float64) if o.beams > 1 else None
         stops = torch.tensor(o.stops) if o.stops else None
         top_k = 0 if o.top_k is None or o.top_k >= self.network.head.out_features else o.top_k
+        wide = accumulation_dtype(self.dtype)
+        attention = self.attended and self.attended.arguments(_kept(self.dtype), wide, o.beams)
         found = engine.generate(
             prompt.contiguous(), lengths.contiguous(), table, uniform, stops, tokens, counts, scores,
-            o.beams, o.temperature, top_k, o.top_p, o.penalty,
+            o.beams, o.temperature, top_k, o.top_p, o.penalty, attention,
         )  # fmt: skip
         if found is None:
             raise TypeError("generate: tensors without numbers to read (of a transform or a trace?)")
@@ -101,19 +113,21 @@ class Plan:
         bytes_of_gates = tokens * w_ih.shape[0] * torch.finfo(wide).bits // 8
         as_gates = embedding is None or (tokens <= steps * max(rows, FEW) and bytes_of_gates <= TABLE)
         table = _embedded(embedding)
+        fed = self.attended.width if self.attended else 0
         if embedding is None:
             table = w_ih.to(wide).t()
         elif as_gates:
-            table = table.to(wide) @ w_ih.to(wide).t()  # type: ignore[union-attr]
+            assert table is not None
+            table = table.to(wide) @ w_ih[:, : s.I - fed].to(wide).t()
+            flat[0] = w_ih[:, s.I - fed :].contiguous()
         assert table is not None
         form = _stream.FORMS["bf16" if self.dtype == torch.bfloat16 else None]
         cell, dtype = cpp.CELL_NUMBERS[s.cell], cpp.DTYPE_NUMBERS[self.dtype]
-        sizes = (s.layers, rows, 0 if as_gates else s.I, s.H, s.P)
+        sizes = (s.layers, rows, fed if as_gates else s.I, s.H, s.P)
         head = network.head
         engine = _cpu.Stream(cpp.BACKEND.isa, cell, dtype, form, *sizes, s.projected, head.out_features)
-        kept = torch.bfloat16 if self.dtype == torch.bfloat16 else wide
         bias = None if head.bias is None else head.bias.detach().to(wide).contiguous()
-        if not engine.pack(*flat, head.weight.detach().to(kept).contiguous(), bias, None):
+        if not engine.pack(*flat, head.weight.detach().to(_kept(self.dtype)).contiguous(), bias, None):
             raise TypeError("generate: weights without numbers to read (of a transform or a trace?)")
         return engine, table.contiguous()
 
@@ -123,14 +137,9 @@ def _drops(rnn: nn.RNNBase) -> bool:
     return bool((rnn.dropout and rnn.num_layers > 1) or options.recurrent_dropout or options.weight_dropout)
 
 
-def _not_plain(part: Any, kinds: tuple[type, ...]) -> str | None:
-    """Why a module may compute something else than its class does."""
-    name = type(part).__name__
-    if type(part) not in kinds:
-        return f"{name} is not {' or '.join(kind.__name__ for kind in kinds)}"
-    if part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__:
-        return f"the {name} has hooks or a forward of its own"
-    return None
+def _kept(dtype: torch.dtype) -> torch.dtype:
+    """What matrices are given in."""
+    return torch.bfloat16 if dtype == torch.bfloat16 else accumulation_dtype(dtype)
 
 
 def _embedded(embedding: Any) -> Tensor | None:

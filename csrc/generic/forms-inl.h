@@ -67,6 +67,29 @@ struct RowPairs : Pairs {
 typedef Halves RowPairs;
 #endif
 
+// Rows of w [*, K], n of them at most, into vector v of a panel of NV. A lane is a word of kPair neighbours in every
+// form, so that squares of words are turned; the lanes of rows that are not there are left or zero, as they were.
+template <class M>
+static void pack_lanes(const typename M::Kept* w, int64_t K, int rows, typename M::W* panel, int NV, int v) {
+  typedef typename M::CT CT;
+  constexpr int n = Simd<CT>::n;
+  static_assert(sizeof(typename M::W) == sizeof(CT) && M::kPair * sizeof(typename M::Kept) == sizeof(CT), "");
+  int64_t k = 0;  // words
+  for (; k + n <= K / M::kPair; k += n) {
+    vec<CT> block[n];
+    for (int i = 0; i < n; i++) {
+      block[i] = vec<CT>{};
+      if (i < rows) __builtin_memcpy(&block[i], w + i * K + k * M::kPair, sizeof(vec<CT>));
+    }
+    transpose<CT>(block);
+    for (int i = 0; i < n; i++) __builtin_memcpy(panel + ((k + i) * NV + v) * n, &block[i], sizeof(vec<CT>));
+  }
+  typename M::Kept* to = (typename M::Kept*)panel;
+  for (int i = 0; i < rows; i++)
+    for (int64_t j = k * M::kPair; j < K; j++)
+      to[((j / M::kPair * NV + v) * n + i) * M::kPair + j % M::kPair] = w[i * K + j];
+}
+
 // ---- int8 ----------------------------------------------------------------------------------------------------------
 
 // What a panel of int8 is read with: a scale for each column and, for products of bytes, -128 times its sum.

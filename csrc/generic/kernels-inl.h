@@ -22,7 +22,9 @@
 #include "begin-inl.h"
 #include "rows-inl.h"
 #include "forms-inl.h"
+#include "stored-inl.h"
 #include "stream-inl.h"
+#include "attention-inl.h"
 // clang-format on
 
 template <class ST>
@@ -105,4 +107,15 @@ static Stepper* stepper(const StreamShape& shape) {
       return stepper_of<Quarters>(shape);
   }
   return nullptr;
+}
+
+static Attention* attention(const AttentionShape& shape) {
+  switch (shape.dtype) {
+    case DType::f64:
+      return new Attending<Whole<double>>(shape);
+    case DType::bf16:
+      return new Attending<RowPairs>(shape);
+    default:
+      return new Attending<Whole<float>>(shape);
+  }
 }

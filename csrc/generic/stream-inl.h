@@ -4,23 +4,11 @@
 // A row of a layer is [x, h], as the products take it, and their weights lie side by side in the panels: one product
 // over both where a gate takes their sum. The panels' layout is that of product-inl.h.
 
-template <class T>
-class Owned {
- public:
-  Owned() = default;
-  Owned(const Owned&) = delete;
-  Owned& operator=(const Owned&) = delete;
-  ~Owned() { release(data_); }
-  void allocate(int64_t count) { data_ = (T*)allocate_zeros(size_t(count) * sizeof(T)); }
-  operator T*() const { return data_; }
-
- private:
-  T* data_ = nullptr;
-};
-
 template <class Cell, class M>
-class Stream final : public Stepper {
+class Stream final : public Stepper, Stored<typename M::CT> {
   typedef typename M::CT CT;
+  typedef Stored<CT> Io;
+  using Io::as_stored, Io::enter, Io::leave, Io::left, Io::zero;
   typedef typename M::A A;
   typedef typename M::W W;
   typedef typename M::Kept Kept;
@@ -55,7 +43,7 @@ class Stream final : public Stepper {
   };
 
  public:
-  explicit Stream(const StreamShape& s) : s_(s), layers_(s.layers) {
+  explicit Stream(const StreamShape& s) : Io(s.dtype), s_(s), layers_(s.layers) {
     blocks_ = ceil_div(s.H, n);
     out_blocks_ = ceil_div(s.P, n);
     m_stride_ = (blocks_ + 1) * n;
@@ -133,7 +121,7 @@ class Stream final : public Stepper {
       }
       back_ = !back_;
     }
-    if (call.logits) read_out((CT*)call.logits, count);
+    if (call.logits) read_out((CT*)call.logits, call.read, count);
   }
 
   void read(int state, void* to) const override {
@@ -214,54 +202,7 @@ class Stream final : public Stepper {
   }
 
  private:
-  // ---- between the caller's dtype and what is computed with --------------------------------------------------------
-
-  static int left(int64_t size, int64_t j) { return int(size - j < n ? size - j : n); }
-
-  template <class From, class To>
-  static RK_INLINE void copy_row(const From* from, To* to, int64_t size) {
-    for (int64_t j = 0; j < size; j += n) store(to + j, load(from + j, left(size, j)), left(size, j));
-  }
-
-  // From null: zero.
-  template <class To>
-  void enter(const void* from, int64_t at, To* to, int64_t size) const {
-    if (!from) return (void)__builtin_memset((void*)to, 0, size * sizeof(To));
-    if constexpr (sizeof(CT) == sizeof(double))
-      copy_row((const double*)from + at, to, size);
-    else if (s_.dtype == DType::bf16)
-      copy_row((const bf16*)from + at, to, size);
-    else if (s_.dtype == DType::f16)
-      copy_row((const f16*)from + at, to, size);
-    else
-      copy_row((const float*)from + at, to, size);
-  }
-
-  template <class From>
-  void leave(const From* from, void* to, int64_t at, int64_t size) const {
-    if constexpr (sizeof(CT) == sizeof(double))
-      copy_row(from, (double*)to + at, size);
-    else if (s_.dtype == DType::bf16)
-      copy_row(from, (bf16*)to + at, size);
-    else if (s_.dtype == DType::f16)
-      copy_row(from, (f16*)to + at, size);
-    else
-      copy_row(from, (float*)to + at, size);
-  }
-
-  void zero(void* to, int64_t at, int64_t size) const {
-    int64_t bytes = s_.dtype == DType::f64 ? 8 : s_.dtype == DType::f32 ? 4 : 2;
-    __builtin_memset((char*)to + at * bytes, 0, size * bytes);
-  }
-
-  // x as it would be read back from the caller's dtype.
-  RK_INLINE V as_stored(V x) const {
-    if constexpr (sizeof(CT) == sizeof(float)) {
-      if (s_.dtype == DType::bf16) return rounded(x, (bf16*)nullptr);
-      if (s_.dtype == DType::f16) return rounded(x, (f16*)nullptr);
-    }
-    return x;
-  }
+  // ---- rows ---------------------------------------------------------------------------------------------------------
 
   template <class T>
   void select_rows(T* first, int64_t stride, int64_t size, const int64_t* from) {
@@ -309,16 +250,10 @@ class Stream final : public Stepper {
     int rows = left(end, first);
     if (bias) store(to.bias + at, load(bias + first, rows));
     for (int i = 0; M::kScaled && i < rows; i++) to.scale[at + i] = scale[first + i], to.offset[at + i] = 0;
-    constexpr int64_t kPiece = 16;  // of a sum: what is written of the panel then stays in the nearest cache
-    for (int64_t piece = 0; piece < K; piece += kPiece) {
-      const int64_t end = piece + kPiece < K ? piece + kPiece : K;
+    pack_lanes<M>(w + first * K, K, rows, (W*)panel, NV, v);
+    if constexpr (M::kScaled)
       for (int i = 0; i < rows; i++)
-        for (int64_t k = piece; k < end; k++) {
-          const Kept one = w[(first + i) * K + k];
-          panel[((k / M::kPair * NV + v) * n + i) * M::kPair + k % M::kPair] = one;
-          if constexpr (M::kScaled) to.offset[at + i] -= 128 * one;
-        }
-    }
+        for (int64_t k = 0; k < K; k++) to.offset[at + i] -= 128 * w[(first + i) * K + k];
   }
 
   // ---- one layer, one step -----------------------------------------------------------------------------------------
@@ -407,10 +342,18 @@ class Stream final : public Stepper {
     wide_product(l.part[kProjection], l.hr, s_.P, count, [&](int64_t i) { return row(l, i) + l.h; });
   }
 
-  // The head on the last layer's h.
-  void read_out(CT* logits, int64_t count) {
+  // The head on the last layer's h, or on what is given in its place.
+  void read_out(CT* logits, const void* given, int64_t count) {
     const Layer& last = layers_.layer[s_.layers - 1];
-    set_rows(kInput, count, last.row + last.h, last.stride, s_.P);
+    for (int64_t i = 0; given && i < count; i++) {
+      A* to = m_ + active_[i] * m_stride_;
+      enter(given, active_[i] * s_.P, to, s_.P);
+      store(to + s_.P, V{});  // beside a neighbour along the sum
+    }
+    if (given)
+      set_rows(kInput, count, m_, m_stride_, s_.P);
+    else
+      set_rows(kInput, count, last.row + last.h, last.stride, s_.P);
     wide_product(head_, head_panels_, s_.V, count, [&](int64_t i) { return logits + active_[i] * s_.V; });
   }
 
