@@ -94,7 +94,7 @@ class Segments {
 
   const int64_t* lengths_ = nullptr;
   const uint8_t* mask_ = nullptr;
-  std::vector<uint8_t> both_;  // [S, 2]
+  std::vector<uint8_t> both_;        // [S, 2]
   static constexpr int kStates = 2;  // h and c; cells with more go the general way
   const void* state_[kStates] = {};
   int64_t of_group_[kStates] = {}, of_row_[kStates] = {}, bytes_[kStates] = {};

@@ -1,5 +1,6 @@
 // All generic code of one instruction set, in order; no include guard. The including file has opened the namespace and
-// the target region and defined RK_VBYTES, RK_REGISTERS and the feature macros.
+// the target region and defined RK_VBYTES, RK_REGISTERS and the feature macros; it includes every-inl.h or bf16-inl.h,
+// which say what is compiled of this.
 
 // clang-format off: the order is the meaning
 #include "simd-inl.h"
@@ -63,23 +64,6 @@ static void run_cell(const Call& call) {
   }
 }
 
-template <template <class, class> class Driver, class Call>
-static void run_dtype(const Call& call) {
-  switch (call.dtype) {
-    case DType::f64:
-      return run_cell<Driver, ModeOf<double>::type>(call);
-    case DType::f32:
-      return run_cell<Driver, ModeOf<float>::type>(call);
-    case DType::bf16:
-      return run_cell<Driver, ModeOf<bf16>::type>(call);
-    case DType::f16:
-      return run_cell<Driver, ModeOf<f16>::type>(call);
-  }
-}
-
-static void forward(const Forward& call) { run_dtype<ForwardScan>(call); }
-static void backward(const Backward& call) { run_dtype<BackwardScan>(call); }
-
 template <class M>
 static Stepper* stepper_of(const StreamShape& shape) {
   switch (shape.cell) {
@@ -95,27 +79,4 @@ static Stepper* stepper_of(const StreamShape& shape) {
       break;  // Python refuses the others
   }
   return nullptr;
-}
-
-static Stepper* stepper(const StreamShape& shape) {
-  switch (shape.form) {
-    case Form::whole:
-      return shape.dtype == DType::f64 ? stepper_of<Whole<double>>(shape) : stepper_of<Whole<float>>(shape);
-    case Form::bf16:
-      return shape.dtype == DType::bf16 ? stepper_of<RowPairs>(shape) : stepper_of<Halves>(shape);
-    case Form::int8:
-      return stepper_of<Quarters>(shape);
-  }
-  return nullptr;
-}
-
-static Attention* attention(const AttentionShape& shape) {
-  switch (shape.dtype) {
-    case DType::f64:
-      return new Attending<Whole<double>>(shape);
-    case DType::bf16:
-      return new Attending<RowPairs>(shape);
-    default:
-      return new Attending<Whole<float>>(shape);
-  }
 }

@@ -17,7 +17,6 @@
 #define RK_REGISTERS 32
 #define RK_F16C
 #define RK_BF16
-#define RK_VNNI
 #define RK_AMX
 
 #if defined(__clang__)
@@ -32,7 +31,11 @@
 
 namespace rnnkern {
 namespace amx_bf16 {
-#include "../generic/kernels-inl.h"
+#include "../generic/bf16-inl.h"
+
+// Rows of a stream need not lie evenly apart, as tiles have them.
+static Stepper* stepper(const StreamShape& shape) { return kAvx512Bf16.stepper(shape); }
+static Attention* attention(const AttentionShape& shape) { return kAvx512Bf16.attention(shape); }
 }  // namespace amx_bf16
 }  // namespace rnnkern
 
@@ -61,6 +64,7 @@ static bool supported() {
   return false;
 #endif
 }
-extern const Kernels kAmxBf16 = {"amx_bf16", supported, amx_bf16::forward, amx_bf16::backward, amx_bf16::stepper, amx_bf16::attention};
+extern const Kernels kAmxBf16 = {"amx_bf16",         supported,         amx_bf16::forward,
+                                 amx_bf16::backward, amx_bf16::stepper, amx_bf16::attention};
 }  // namespace rnnkern
 #endif

@@ -21,7 +21,7 @@
 
 namespace rnnkern {
 namespace avx2 {
-#include "../generic/kernels-inl.h"
+#include "../generic/every-inl.h"
 }  // namespace avx2
 }  // namespace rnnkern
 

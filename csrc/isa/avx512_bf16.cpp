@@ -25,7 +25,17 @@
 
 namespace rnnkern {
 namespace avx512_bf16 {
-#include "../generic/kernels-inl.h"
+#include "../generic/bf16-inl.h"
+
+static Stepper* stepper(const StreamShape& shape) {
+  if (shape.form == Form::int8) return stepper_of<Quarters>(shape);  // by bytes: VNNI
+  if (shape.form == Form::bf16 && shape.dtype == DType::bf16) return stepper_of<RowPairs>(shape);
+  return kAvx512.stepper(shape);
+}
+
+static Attention* attention(const AttentionShape& shape) {
+  return shape.dtype == DType::bf16 ? new Attending<RowPairs>(shape) : kAvx512.attention(shape);
+}
 }  // namespace avx512_bf16
 }  // namespace rnnkern
 
@@ -39,7 +49,8 @@ namespace rnnkern {
 static bool supported() {  // every processor with the second has the first
   return kAvx512.supported() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
 }
-extern const Kernels kAvx512Bf16 = {"avx512_bf16", supported, avx512_bf16::forward, avx512_bf16::backward,
+extern const Kernels kAvx512Bf16 = {"avx512_bf16",        supported,
+                                    avx512_bf16::forward, avx512_bf16::backward,
                                     avx512_bf16::stepper, avx512_bf16::attention};
 }  // namespace rnnkern
 #endif

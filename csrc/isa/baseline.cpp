@@ -14,11 +14,12 @@
 
 namespace rnnkern {
 namespace baseline {
-#include "../generic/kernels-inl.h"
+#include "../generic/every-inl.h"
 }  // namespace baseline
 }  // namespace rnnkern
 
 namespace rnnkern {
 static bool supported() { return true; }
-extern const Kernels kBaseline = {"baseline", supported, baseline::forward, baseline::backward, baseline::stepper, baseline::attention};
+extern const Kernels kBaseline = {"baseline",         supported,         baseline::forward,
+                                  baseline::backward, baseline::stepper, baseline::attention};
 }  // namespace rnnkern

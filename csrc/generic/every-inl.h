@@ -1,0 +1,42 @@
+// The entries of an instruction set that has code of its own for everything; no include guard.
+#include "kernels-inl.h"
+
+template <template <class, class> class Driver, class Call>
+static void run_dtype(const Call& call) {
+  switch (call.dtype) {
+    case DType::f64:
+      return run_cell<Driver, ModeOf<double>::type>(call);
+    case DType::f32:
+      return run_cell<Driver, ModeOf<float>::type>(call);
+    case DType::bf16:
+      return run_cell<Driver, ModeOf<bf16>::type>(call);
+    case DType::f16:
+      return run_cell<Driver, ModeOf<f16>::type>(call);
+  }
+}
+
+static void forward(const Forward& call) { run_dtype<ForwardScan>(call); }
+static void backward(const Backward& call) { run_dtype<BackwardScan>(call); }
+
+static Stepper* stepper(const StreamShape& shape) {
+  switch (shape.form) {
+    case Form::whole:
+      return shape.dtype == DType::f64 ? stepper_of<Whole<double>>(shape) : stepper_of<Whole<float>>(shape);
+    case Form::bf16:
+      return shape.dtype == DType::bf16 ? stepper_of<RowPairs>(shape) : stepper_of<Halves>(shape);
+    case Form::int8:
+      return stepper_of<Quarters>(shape);
+  }
+  return nullptr;
+}
+
+static Attention* attention(const AttentionShape& shape) {
+  switch (shape.dtype) {
+    case DType::f64:
+      return new Attending<Whole<double>>(shape);
+    case DType::bf16:
+      return new Attending<RowPairs>(shape);
+    default:
+      return new Attending<Whole<float>>(shape);
+  }
+}
