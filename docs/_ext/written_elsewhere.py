@@ -1,0 +1,100 @@
+"""Sections of the README and other Markdown files of the repository as parts of the site, so that each is written once.
+
+A line ``<!-- from README.md: Streams -->`` becomes what stands below that heading; ``<!-- examples -->`` a section for
+each row of the README's table of examples, with its picture.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+LINE = re.compile(r"^<!-- from (?P<file>\S+): (?P<heading>.+?) -->$", re.MULTILINE)
+EXAMPLES = "<!-- examples -->"
+LINK = re.compile(r"\]\((?!https?://)(?P<path>[^)#\s]*)(?P<anchor>#[^)\s]*)?\)")
+README_PLACES = {  # where the sections of the README that other sections point to are on the site
+    "#cells-that-torchnn-does-not-have": "guide/cells.md",
+    "#regularised-and-richer-cells": "guide/regularised.md",
+}
+PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md", "benchmarks/README.md": "protocol.md"}
+
+
+def section(file: str, heading: str) -> str:
+    """What stands between a heading of the second level and the next; ``*``: all behind the title."""
+    text = (ROOT / file).read_text(encoding="utf-8")
+    if heading == "*":
+        return text.partition("\n")[2].strip("\n")
+    _, found, rest = f"\n{text}".partition(f"\n## {heading}\n")
+    if not found:
+        raise ValueError(f"{file} has no section {heading!r}")
+    return re.split(r"^## ", rest, maxsplit=1, flags=re.MULTILINE)[0].strip("\n")
+
+
+def moved(text: str, file: str, docname: str) -> str:
+    """With links as they are from that page of the site."""
+    here = PurePosixPath("docs", docname).parent
+
+    def link(found: re.Match[str]) -> str:
+        path, anchor = found["path"], found["anchor"] or ""
+        if not path:
+            if file != "README.md":
+                return found[0]
+            target = f"docs/{README_PLACES[anchor]}"
+        else:
+            target = str(PurePosixPath(file).parent / path)
+            target = f"docs/{PAGES[target]}{anchor}" if target in PAGES else target + anchor
+        ups = len(here.parts) - len(common := _common(here.parts, PurePosixPath(target).parts))
+        return f"]({'../' * ups}{'/'.join(PurePosixPath(target).parts[len(common) :])})"
+
+    return LINK.sub(link, text)
+
+
+def _common(a: tuple[str, ...], b: tuple[str, ...]) -> tuple[str, ...]:
+    both = [x for x, y in zip(a, b, strict=False)]
+    same = [x == y for x, y in zip(a, b, strict=False)]
+    return tuple(both[: same.index(False)] if False in same else both)
+
+
+def rows() -> list[dict[str, str]]:
+    """Of the README's table of examples."""
+    found = []
+    for line in section("README.md", "Examples").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("| [") and len(cells) == 5:
+            name = cells[0][1 : cells[0].index("]")]
+            found.append(dict(zip(("name", "what", "number", "baseline", "seconds"), [name, *cells[1:]], strict=True)))
+    return found
+
+
+def examples() -> str:
+    parts = []
+    for row in rows():
+        stem = row["name"].removesuffix(".py")
+        parts += [f"## {row['name']}", "", f"{row['what'][0].upper()}{row['what'][1:]}.", ""]
+        parts += [f"```\npython examples/{row['name']}\n```", ""]
+        if row["number"] and row["number"] != "above":
+            parts += [f"* Its number: {row['number']}", f"* Baseline: {row['baseline']}"]
+            parts += [f"* Processor time: {row['seconds']} s", ""]
+        picture = next((p for p in (f"examples/{stem}.png", f"{stem}.png") if (ROOT / "docs" / p).exists()), None)
+        if picture:
+            parts += [f"![What {row['name']} draws]({picture})", ""]
+        parts += [f"Source: [{row['name']}](../examples/{row['name']})", ""]
+    return "\n".join(parts)
+
+
+def expand(app: Any, docname: str, source: list[str]) -> None:
+    def replaced(found: re.Match[str]) -> str:
+        app.env.note_dependency(str(ROOT / found["file"]), docname=docname)
+        return moved(section(found["file"], found["heading"]), found["file"], docname)
+
+    source[0] = LINE.sub(replaced, source[0])
+    if EXAMPLES in source[0]:
+        app.env.note_dependency(str(ROOT / "README.md"), docname=docname)
+        source[0] = source[0].replace(EXAMPLES, examples())
+
+
+def setup(app: Any) -> dict[str, bool]:
+    app.connect("source-read", expand)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
