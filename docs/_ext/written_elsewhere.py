@@ -1,7 +1,7 @@
 """Sections of the README and other Markdown files of the repository as parts of the site, so that each is written once.
 
-A line ``<!-- from README.md: Streams -->`` becomes what stands below that heading; ``<!-- examples -->`` a section for
-each row of the README's table of examples, with its picture.
+A line ``[from README.md: Streams](...)``, which on GitHub is a link to it, becomes what stands below that heading;
+``[from README.md: Examples, row by row](...)`` a section for each row of that table, with its picture.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-LINE = re.compile(r"^<!-- from (?P<file>\S+): (?P<heading>.+?) -->$", re.MULTILINE)
-EXAMPLES = "<!-- examples -->"
+LINE = re.compile(r"^\[from (?P<file>[^\s:\]]+)(?:: (?P<heading>.+))?\]\(\S+\)$", re.MULTILINE)
+EXAMPLES = "Examples, row by row"
 LINK = re.compile(r"\]\((?!https?://)(?P<path>[^)#\s]*)(?P<anchor>#[^)\s]*)?\)")
 README_PLACES = {  # where the sections of the README that other sections point to are on the site
     "#cells-that-torchnn-does-not-have": "guide/cells.md",
@@ -21,10 +21,10 @@ README_PLACES = {  # where the sections of the README that other sections point 
 PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md", "benchmarks/README.md": "protocol.md"}
 
 
-def section(file: str, heading: str) -> str:
-    """What stands between a heading of the second level and the next; ``*``: all behind the title."""
+def section(file: str, heading: str | None) -> str:
+    """What stands between a heading of the second level and the next; without one all behind the title."""
     text = (ROOT / file).read_text(encoding="utf-8")
-    if heading == "*":
+    if heading is None:
         return text.partition("\n")[2].strip("\n")
     _, found, rest = f"\n{text}".partition(f"\n## {heading}\n")
     if not found:
@@ -87,12 +87,11 @@ def examples() -> str:
 def expand(app: Any, docname: str, source: list[str]) -> None:
     def replaced(found: re.Match[str]) -> str:
         app.env.note_dependency(str(ROOT / found["file"]), docname=docname)
+        if found["heading"] == EXAMPLES:
+            return examples()
         return moved(section(found["file"], found["heading"]), found["file"], docname)
 
     source[0] = LINE.sub(replaced, source[0])
-    if EXAMPLES in source[0]:
-        app.env.note_dependency(str(ROOT / "README.md"), docname=docname)
-        source[0] = source[0].replace(EXAMPLES, examples())
 
 
 def setup(app: Any) -> dict[str, bool]:
