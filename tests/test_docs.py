@@ -4,6 +4,7 @@ somewhere. That it builds without warnings and without dead links is CI's step "
 from __future__ import annotations
 
 import doctest
+import importlib.util
 import inspect
 import re
 from pathlib import Path
@@ -18,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 BLOCK = re.compile(r"^```(python|pycon)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PAGES = sorted(page for page in DOCS.rglob("*.md") if "_build" not in page.parts and BLOCK.search(page.read_text()))
-FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+FENCED = re.compile(r"^```.*?^```|`[^`\n]+`", re.MULTILINE | re.DOTALL)  # and code in a line
 LINK = re.compile(r"\]\((?!https?:)([^)\s]+)\)")
 
 
@@ -76,12 +77,12 @@ def _named(name: str) -> object:
 
 def anchors(text: str) -> set[str]:
     """As GitHub makes them of headings."""
-    titles = re.findall(r"^#+ (.+)$", FENCED.sub("", text), re.MULTILINE)
+    titles = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 def test_links_between_files_lead_somewhere() -> None:
-    """As GitHub shows them. Anchors in pages of the site may be in parts that only the built one has: CI checks those."""
+    """As GitHub shows them. Anchors in pages of the site may be in parts that only the built one has: CI has those."""
     names = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")
     pages = [page for page in DOCS.rglob("*.md") if "_build" not in page.parts]
     for file in [*(ROOT / name for name in names), *pages]:
@@ -92,3 +93,32 @@ def test_links_between_files_lead_somewhere() -> None:
             if anchor and target.suffix == ".md" and DOCS not in target.parents:
                 found = anchors(target.read_text(encoding="utf-8"))
                 assert anchor in found, f"{file.relative_to(ROOT)}: {link}"
+
+
+def loaded(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_example_has_its_section() -> None:
+    written = loaded(DOCS / "_ext" / "written_elsewhere.py")
+    names = {path.name for path in (ROOT / "examples").glob("*.py")} - {"common.py"}
+    assert {row["name"] for row in written.rows()} == names  # in the README's table
+    text = written.examples()
+    for name in names:
+        assert f"## {name}\n" in text and f"python examples/{name}\n" in text
+    for picture in (DOCS / "examples").glob("*.png"):
+        assert f"(examples/{picture.name})" in text, f"{picture.name} belongs to no example"
+
+
+def test_dead_links_are_found(tmp_path: Path) -> None:
+    dead = loaded(DOCS / "check_links.py").dead
+    (tmp_path / "other.html").write_text('<h1 id="top">Other</h1><a href="https://example.org/nowhere">x</a>')
+    page = tmp_path / "index.html"
+    page.write_text('<p id="here"><a href="other.html#top">x</a><a href="#here">x</a><img src="other.html"></p>')
+    assert dead(tmp_path) == []
+    page.write_text('<a href="other.html#gone">x</a><a href="#gone">x</a><img src="gone.png">')
+    assert [line.rpartition(": ")[2] for line in dead(tmp_path)] == ["no such anchor", "no such anchor", "no such file"]
