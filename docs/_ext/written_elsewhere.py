@@ -6,8 +6,9 @@ A line ``[from README.md: Streams](...)``, which on GitHub is a link to it, beco
 
 from __future__ import annotations
 
+import posixpath
 import re
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -34,27 +35,19 @@ def section(file: str, heading: str | None) -> str:
 
 def moved(text: str, file: str, docname: str) -> str:
     """With links as they are from that page of the site."""
-    here = PurePosixPath("docs", docname).parent
 
     def link(found: re.Match[str]) -> str:
         path, anchor = found["path"], found["anchor"] or ""
+        if not path and file != "README.md":
+            return found[0]
+        target = posixpath.normpath(posixpath.join(posixpath.dirname(file), path))
         if not path:
-            if file != "README.md":
-                return found[0]
-            target = f"docs/{README_PLACES[anchor]}"
-        else:
-            target = str(PurePosixPath(file).parent / path)
-            target = f"docs/{PAGES[target]}{anchor}" if target in PAGES else target + anchor
-        ups = len(here.parts) - len(common := _common(here.parts, PurePosixPath(target).parts))
-        return f"]({'../' * ups}{'/'.join(PurePosixPath(target).parts[len(common) :])})"
+            target, anchor = f"docs/{README_PLACES[anchor]}", ""
+        elif target in PAGES:
+            target = f"docs/{PAGES[target]}"
+        return f"]({posixpath.relpath(target, posixpath.dirname(f'docs/{docname}'))}{anchor})"
 
     return LINK.sub(link, text)
-
-
-def _common(a: tuple[str, ...], b: tuple[str, ...]) -> tuple[str, ...]:
-    both = [x for x, y in zip(a, b, strict=False)]
-    same = [x == y for x, y in zip(a, b, strict=False)]
-    return tuple(both[: same.index(False)] if False in same else both)
 
 
 def rows() -> list[dict[str, str]]:
