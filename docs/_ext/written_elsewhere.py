@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import posixpath
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-LINE = re.compile(r"^\[from (?P<file>[^\s:\]]+)(?:: (?P<heading>.+))?\]\(\S+\)$", re.MULTILINE)
+LINE = re.compile(r"^\[from (?P<file>[^\s:\]]+)(?:: (?P<heading>.+))?\]\([^#\s]+(?P<anchor>#\S+)?\)$", re.MULTILINE)
 EXAMPLES = "Examples, row by row"
 LINK = re.compile(r"\]\((?!https?://)(?P<path>[^)#\s]*)(?P<anchor>#[^)\s]*)?\)")
-README_PLACES = {  # where the sections of the README that other sections point to are on the site
-    "#cells-that-torchnn-does-not-have": "guide/cells.md",
-    "#regularised-and-richer-cells": "guide/regularised.md",
-}
 PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md", "benchmarks/README.md": "protocol.md"}
 
 
@@ -33,6 +30,17 @@ def section(file: str, heading: str | None) -> str:
     return re.split(r"^## ", rest, maxsplit=1, flags=re.MULTILINE)[0].strip("\n")
 
 
+@cache
+def places() -> dict[str, str]:
+    """The page of each section of the README that the site has, by its anchor there."""
+    found = {}
+    for page in (ROOT / "docs").rglob("*.md"):
+        for line in LINE.finditer(page.read_text(encoding="utf-8")):
+            if line["file"] == "README.md":
+                found[line["anchor"]] = page.relative_to(ROOT).as_posix()
+    return found
+
+
 def moved(text: str, file: str, docname: str) -> str:
     """With links as they are from that page of the site."""
 
@@ -42,7 +50,9 @@ def moved(text: str, file: str, docname: str) -> str:
             return found[0]
         target = posixpath.normpath(posixpath.join(posixpath.dirname(file), path))
         if not path:
-            target, anchor = f"docs/{README_PLACES[anchor]}", ""
+            if anchor not in places():
+                raise ValueError(f"{file} links to its section {anchor}, which is on no page of the site")
+            target, anchor = places()[anchor], ""
         elif target in PAGES:
             target = f"docs/{PAGES[target]}"
         return f"]({posixpath.relpath(target, posixpath.dirname(f'docs/{docname}'))}{anchor})"
