@@ -225,7 +225,7 @@ def markdown(rows: list[Row], source: str) -> str:
 
 
 def headline(rows: list[Row], source: str) -> str:
-    """The one table of a machine that the README has, fp32 against torch.nn where there is one, slower rows included."""
+    """The one table of a machine that the README has: fp32 against torch.nn where there is one, all of its rows."""
     found = dict(tables(rows))
     title = "fp32 against torch.nn" if "fp32 against torch.nn" in found else next(iter(found))
     picked = found[title]
