@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """From results files to something to look at.
 
-``python benchmarks/report.py``: the README's tables, between its markers. ``--out DIR``: charts as PNG and SVG, and
-one HTML page that opens from disk. ``--compare OLD NEW``: what got faster or slower beyond the spread. ``--check``:
-what was promised beside what was reached.
+``python benchmarks/report.py``: the tables of docs/benchmarks.md, and the first of them in the README, between their
+markers. ``--out DIR``: charts as PNG and SVG, and one HTML page that opens from disk. ``--compare OLD NEW``: what got
+faster or slower beyond the spread. ``--check``: what was promised beside what was reached.
 """
 
 from __future__ import annotations
@@ -175,16 +175,14 @@ def memory(rows: list[Row]) -> list[str]:
     ]
 
 
-def markdown(rows: list[Row], source: str, first: bool) -> str:
-    """One machine's tables; of the first machine the most important one stands open."""
+def introduction(rows: list[Row], source: str) -> list[str]:
+    """What machine it was, and how its tables are to be read."""
 
     def all_of(column: str) -> str:
         return ", ".join(sorted({str(row[column]) for row in rows}))
 
     days = sorted({row["date"][:10] for row in rows})
     parts = [
-        f"**{all_of('cpu')}**",
-        "",
         f"Measured {' to '.join(dict.fromkeys((days[0], days[-1])))} with {all_of('threads')} threads, "
         f"torch {all_of('torch')}, commit {all_of('commit')}, backend {all_of('backend')}; every row with its spread "
         f"is in {source}. A number is the peer's time over rnnkern's for a whole module call from Python, the median "
@@ -194,36 +192,59 @@ def markdown(rows: list[Row], source: str, first: bool) -> str:
     ]
     if any(row["backend"].startswith("torch") for row in rows):
         parts += ["† ran on torch's own kernels by automatic choice.", ""]
-    parts += memory(rows)
+    return parts + memory(rows)
+
+
+def machine(rows: list[Row]) -> str:
+    return ", ".join(sorted({str(row["cpu"]) for row in rows}))
+
+
+def tables(rows: list[Row]) -> Iterable[tuple[str, list[Row]]]:
+    """What is shown together: a peer's rows in one arithmetic, second derivatives by themselves, with a title."""
+    usual = max({row["threads"] for row in rows}, key=[row["threads"] for row in rows].count)
     for peer, title in PEERS.items():
-        for dtype in sorted({arithmetic(row) for row in rows if row["peer"] == peer}, reverse=True):
-            picked = [row for row in rows if row["peer"] == peer and arithmetic(row) == dtype]
-            heading = f"{dtype} against {title}"
-            if first and peer == "torch.nn" and dtype == "fp32":
-                parts += [heading, "", *section(picked), ""]
-            else:
-                parts += ["<details>", f"<summary>{heading}</summary>", "", *section(picked), "", "</details>", ""]
+        for second in (False, True):
+            for dtype in sorted({arithmetic(row) for row in rows if row["peer"] == peer}, reverse=True):
+                of_peer = [row for row in rows if row["peer"] == peer and arithmetic(row) == dtype]
+                picked = [row for row in of_peer if (row["mode"] == "penalty") == second]
+                threads = sorted({row["threads"] for row in picked})
+                if picked:
+                    words = ["Second derivatives, "] if second else []
+                    words.append(f"{dtype} against {title}")
+                    if threads != [usual]:
+                        words.append(f", {' and '.join(map(str, threads))} thread{'s'[: threads != [1]]}")
+                    yield "".join(words), picked
+
+
+def markdown(rows: list[Row], source: str) -> str:
+    """One machine's tables, each below a heading of its own."""
+    parts = [f"## {machine(rows)}", "", *introduction(rows, source)]
+    for title, picked in tables(rows):
+        parts += [f"### {title}", "", *section(picked), ""]
     return "\n".join(parts).rstrip() + "\n"
 
 
-def insert(readme: Path, text: str) -> None:
+def headline(rows: list[Row], source: str) -> str:
+    """The one table of a machine that the README has: fp32 against torch.nn where there is one, all of its rows."""
+    found = dict(tables(rows))
+    title = "fp32 against torch.nn" if "fp32 against torch.nn" in found else next(iter(found))
+    picked = found[title]
+    parts = [f"**{machine(picked)}, {title}**", "", *introduction(picked, source), *section(picked)]
+    return "\n".join(parts) + "\n"
+
+
+def insert(file: Path, text: str) -> None:
     """Replaces what stands between the markers."""
-    old = readme.read_text(encoding="utf-8")
+    old = file.read_text(encoding="utf-8")
     if old.count(BEGIN) != 1 or old.count(END) != 1 or old.index(BEGIN) > old.index(END):
-        raise SystemExit(f"{readme} must have the lines {BEGIN} and {END} once each, in this order")
+        raise SystemExit(f"{file} must have the lines {BEGIN} and {END} once each, in this order")
     before, after = old[: old.index(BEGIN)], old[old.index(END) :]
-    readme.write_text(f"{before}{BEGIN}\n\n{text}\n{after}", encoding="utf-8")
+    file.write_text(f"{before}{BEGIN}\n\n{text}\n{after}", encoding="utf-8")
 
 
-def page(paths: list[Path], rows: list[Row]) -> str:
-    """The README's part: a section for each results file, in the order given."""
-    parts = []
-    for path in paths:
-        own = [row for row in rows if row["source"] == path]
-        source = path.resolve()
-        name = str(source.relative_to(ROOT)) if source.is_relative_to(ROOT) else source.name
-        parts.append(markdown(own, name, path == paths[0]))
-    return "\n".join(parts)
+def name_of(path: Path) -> str:
+    source = path.resolve()
+    return str(source.relative_to(ROOT)) if source.is_relative_to(ROOT) else source.name
 
 
 def main() -> int:
@@ -232,7 +253,8 @@ def main() -> int:
         "results", type=Path, nargs="*", help="results files; default: all of benchmarks/results, this machine's first"
     )
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="charts and an HTML page there, in place of the README")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "benchmarks.md")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="charts and an HTML page there, in place of the tables")
     parser.add_argument("--check", action="store_true", help="print the promised floors beside what was reached")
     parser.add_argument("--compare", type=Path, nargs=2, metavar=("OLD", "NEW"))
     args = parser.parse_args()
@@ -247,8 +269,8 @@ def main() -> int:
     rows = [row | {"source": path} for path in paths for row in found[path]]
     if args.check:
         for path in paths:
-            own = [row for row in rows if row["source"] == path]
-            print(f"{path.name}:", *(f"  {verdict(floor, own)}" for floor in FLOORS), sep="\n")
+            its = [row for row in rows if row["source"] == path]
+            print(f"{path.name}:", *(f"  {verdict(floor, its)}" for floor in FLOORS), sep="\n")
         return 0
     if args.out:
         from benchmarks.charts import write
@@ -256,7 +278,9 @@ def main() -> int:
         for name in write(rows, args.out):
             print(name)
         return 0
-    insert(args.readme, page(paths, rows))
+    own = {path: [row for row in rows if row["source"] == path] for path in paths}
+    insert(args.readme, headline(own[paths[0]], name_of(paths[0])))
+    insert(args.page, "\n".join(markdown(own[path], name_of(path)) for path in paths))
     return 0
 
 

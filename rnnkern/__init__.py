@@ -1,7 +1,7 @@
 """PyTorch's recurrent networks, drop-in and fast. Importing this loads no Triton, Numba or native code."""
 
 from rnnkern import diagnostics, functional, init, seq2seq
-from rnnkern._generate import generate
+from rnnkern._generate import Generated, generate
 from rnnkern._override import override
 from rnnkern._tbptt import tbptt
 from rnnkern.beyond import MGU, SLSTM, IndRNN, LiGRU
@@ -19,6 +19,7 @@ __all__ = [
     "RNN",
     "SLSTM",
     "GRUCell",
+    "Generated",
     "IndRNN",
     "LiGRU",
     "LSTMCell",

@@ -33,7 +33,8 @@ def accelerate(model: torch.nn.Module) -> torch.nn.Module:
     Modules whose type is exactly one of torch.nn's RNN, LSTM, GRU, RNNCell, LSTMCell and GRUCell change their class;
     so do those with parametrizations (:mod:`torch.nn.utils.parametrize`, e.g. weight_norm), whose properties move to a
     new class. Everything else that is recurrent (other subclasses, quantized and scripted modules, modules with a
-    `forward` of their own on the instance) is left as it is and named in the log ``"rnnkern"``; :func:`left` lists it.
+    `forward` of their own on the instance) is left as it is and named in the log ``"rnnkern"``;
+    :func:`rnnkern.convert.left` lists it.
 
     Args:
         model: any module; the recurrent ones may be anywhere in it, or be it.
@@ -86,7 +87,7 @@ def restore(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def left(model: torch.nn.Module) -> dict[str, str]:
-    """Names of the recurrent modules that :func:`accelerate` leaves as they are, and why."""
+    """Names of the recurrent modules that :func:`rnnkern.accelerate` leaves as they are, and why."""
     return {name: reason for name, module in model.named_modules() if (reason := _reason(module))}
 
 

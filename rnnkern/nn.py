@@ -181,8 +181,8 @@ class LSTM(Extended, torch.nn.LSTM):
         ln_c_l[k], ln_c_bias_l[k]: its gain and bias for `c`, `(hidden_size)`, at first 1 and 0.
         peephole_i_l[k], peephole_f_l[k], peephole_o_l[k]: `(hidden_size)`, drawn as torch.nn's weights are.
 
-        The others are torch.nn's. Options can be given new values (``lstm.zoneout = 0.2``) but for `layer_norm` and
-        `peephole`, which have parameters.
+    The others are torch.nn's. Options can be given new values (``lstm.zoneout = 0.2``) but for `layer_norm` and
+    `peephole`, which have parameters.
 
     dtype: float64, float32, bfloat16 or float16, one for all; sums and `c` are in float32 (float64 for float64) from
     step to step. Under autocast, outputs have the dtypes that torch.nn's have.

@@ -17,7 +17,7 @@ from benchmarks.measure import Prepared, Wrong, check
 from benchmarks.memory import allocated_peak, worth_measuring
 from benchmarks.peers import PEERS, has
 from benchmarks.problem import Problem, Unavailable
-from benchmarks.report import BEGIN, END, compare, insert, markdown, table
+from benchmarks.report import BEGIN, END, compare, headline, insert, markdown, table
 from benchmarks.results import COLUMNS, append, newest, read
 
 SMALL = Case("lstm", Shape(5, 3, 8), "training", "fp32")
@@ -63,11 +63,11 @@ def test_comparison_names_what_left_the_spread(tmp_path: Path) -> None:
 
 def test_tables_keep_the_rows_in_which_rnnkern_is_slower(tmp_path: Path) -> None:
     rows = written(tmp_path / "r.csv", row(0.9, 0.8, 0.95), row(1.5, 1.4, 1.6, mode="training"))
-    text = markdown(rows, "r.csv", True)
-    assert "**0.90**" in text and "| 1.50 |" in text and "Some CPU" in text and "2026-01-01" in text
+    for text in (markdown(rows, "r.csv"), headline(rows, "r.csv")):
+        assert "**0.90**" in text and "| 1.50 |" in text and "Some CPU" in text and "2026-01-01" in text
     assert any("0.90x" in line for line in table(rows))
     kinds = {"precision": "tf32", "capture": "graph", "case": "T9-B3-H8-resets", "layout": "resets"}
-    split = markdown(written(tmp_path / "g.csv", row(1.1, 1, 1.2), row(1.2, 1, 1.3, **kinds)), "g.csv", True)
+    split = markdown(written(tmp_path / "g.csv", row(1.1, 1, 1.2), row(1.2, 1, 1.3, **kinds)), "g.csv")
     assert "tf32, graph against torch.nn" in split and "anew in 3 %" in split and split.count("| 1.20 |") == 1
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{BEGIN}\nstale\n{END}\nafter\n")

@@ -36,7 +36,7 @@ class LayerFlow:
 
     @property
     def norms(self) -> Tensor:
-        """Norm of :attr:`gradient` over the batch at every step, `(L)`."""
+        """Norm of `gradient` over the batch at every step, `(L)`."""
         return self.gradient.flatten(1).norm(dim=1)
 
     @property
