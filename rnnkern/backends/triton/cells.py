@@ -12,8 +12,8 @@ from rnnkern.cells.rnn import triton_step as rnn
 
 
 class TritonCell(NamedTuple):
-    step: Any  # (gx, gh, entering states) -> (new states, planes), tuples of tiles in the accumulation dtype
-    step_backward: Any  # (dstates, planes, entering states) -> (dgx, dgh, dentering)
+    step: Any  # (gx, gh, entering states, aux) -> (new states, planes), tuples of tiles in the accumulation dtype
+    step_backward: Any  # (dstates, planes, entering states, aux) -> (dgx, dgh, dentering, dsmall)
 
 
 STEPS = {

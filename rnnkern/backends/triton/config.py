@@ -112,6 +112,7 @@ class Question:
     project: bool
     target: Target
     exact: bool = False  # fp32 in three products of TF32
+    options: bool = False  # masks and the like (options.py)
 
 
 def precision(asked: str, dtype: torch.dtype, target: Target) -> str:
@@ -131,7 +132,7 @@ def choose(question: Question, driver: str | None = None) -> Config:
     """
     asked = parse(os.environ.get(VARIABLE, ""))
     driver = asked.get("driver", driver)
-    found = look_up(shipped_table(), question)
+    found = None if question.options else look_up(shipped_table(), question)  # measured without
     if found is None or (driver is not None and driver != found.driver):
         found = model(question, driver)
     if not asked:
@@ -210,6 +211,8 @@ def fits_together(q: Question, config: Config) -> str:
         return f"{q.target.name} ({name} is for sm_80 and later)"
     if q.project:
         return f"a projection ({name} has no second product; per_step does it)"
+    if q.options:
+        return f"masks, zoneout, bounds and elementwise parameters ({name} has plain scans; the other drivers do them)"
     if q.dtype == torch.float64:
         return f"torch.float64 ({name} holds all weights on the chip; per_step does it)"
     if name == "gluon" and q.exact:

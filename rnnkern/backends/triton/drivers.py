@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from rnnkern.backends.triton.config import TOGETHER, Config, Question, Target, a
 from rnnkern.backends.triton.interpreter import INTERPRETED
 from rnnkern.backends.triton.launch import Launch, launch
 from rnnkern.backends.triton.lost import LOST
+from rnnkern.backends.triton.options import options_of
 from rnnkern.backends.triton.slots import NAMES
 from rnnkern.backends.triton.work import Work
 from rnnkern.cells import CELLS
@@ -34,6 +36,7 @@ class Program(NamedTuple):
     steps: int = 1
     words: dict[str, Tensor | int] | None = None
     waits: bool = False  # whether programs wait for each other
+    small: Callable[[], tuple[tuple[Tensor, ...], ...]] | None = None  # of a backward, when all has run: `dsmall`
 
 
 def question(inputs: ScanInputs, direction: str, target: Target) -> Question:
@@ -42,7 +45,9 @@ def question(inputs: ScanInputs, direction: str, target: Target) -> Question:
     H, P = width // gates, inputs.states[0].shape[2]
     dtype, project = inputs.gx.dtype, "w_hr" in spec.params
     exact = precision(spec.precision, dtype, target) == "tf32x3"
-    return Question(spec.cell, gates, dtype, direction, inputs.B, H, P, N, project, target, exact)
+    return Question(
+        spec.cell, gates, dtype, direction, inputs.B, H, P, N, project, target, exact, options_of(spec) != 0
+    )
 
 
 def plan_forward(inputs: ScanInputs, target: Target, driver: str | None = None) -> tuple[ScanOutputs, Program]:
@@ -79,16 +84,16 @@ def plan_backward(
     work = Work(inputs, target)
     grads = work.gradients(outputs, dy, dfinal, dseq)
     if work.nothing:
-        return grads, Program(())
+        return grads, Program((), small=work.of_small)
     asked = question(inputs, "backward", target)
     config = choose(asked, driver)
     if config.driver == "batch_parallel":
-        return grads, _whole(work, whole.backward_scan, config)
+        return grads, _whole(work, whole.backward_scan, config)._replace(small=work.of_small)
     if config.driver in TOGETHER:
         work.to_be_awaited(work.arguments["dgh"])
         return grads, _sliced(work, asked, config, ("dgh",))
-    if work.cell.mixes_h:
-        work.arguments["carry"] = _scratch(work, work.H, work.acc)
+    if work.mixes_h:
+        work.arguments["carry"] = _scratch(work, work.P, work.acc)
     if grads.dreset_states and work.acc != work.dtype:  # a sum over steps is made in the accumulation dtype
         wide = torch.zeros_like(grads.dreset_states[0], dtype=work.acc)
         grads.dreset_states = (wide, *grads.dreset_states[1:])
@@ -97,7 +102,7 @@ def plan_backward(
     launches = [_single(work, single.backward_step, config, work.P)]
     if work.project:
         launches.append(_single(work, single.backward_cell_step, config, work.H))
-    return grads, Program(tuple(launches), inputs.T + 1, table)
+    return grads, Program(tuple(launches), inputs.T + 1, table, small=work.of_small)
 
 
 def _scratch(work: Work, width: int, dtype: torch.dtype) -> Tensor:

@@ -12,6 +12,15 @@ from rnnkern.backends.triton.cells import STEPS
 from rnnkern.backends.triton.config import Target, precision
 from rnnkern.backends.triton.exchange import MISSING
 from rnnkern.backends.triton.launch import TYPES
+from rnnkern.backends.triton.options import (
+    PROJ_CLIP,
+    ZONES_H,
+    arguments,
+    has,
+    options_of,
+    small_of,
+    within_projection,
+)
 from rnnkern.cells import CELLS
 
 LONGEST_PERIOD = 31  # of a pattern of directions: it travels as the bits of one int
@@ -44,13 +53,16 @@ class Work:
         self.H, self.P = width // len(cell.gates), inputs.states[0].shape[2]
         self.project = "w_hr" in spec.params
         self.has_c = len(cell.states) > 1
+        self.options, self.small = options_of(spec), small_of(spec)
+        # Whether the entering h has a way into the new one past the product.
+        self.mixes_h = cell.mixes_h or has(self.options, ZONES_H)
         self.padded = inputs.lengths is not None and inputs.offsets is None
         period, bits = pattern(spec.reverse)
         self.constants: dict[str, Any] = {
             "GATES": len(cell.gates),
             "SAVED": len(cell.planes),
             "HAS_C": self.has_c,
-            "MIXES_H": cell.mixes_h,
+            "MIXES_H": self.mixes_h,
             "SPLIT": bool(cell.split),
             "H": self.H,
             "P": self.P,
@@ -68,6 +80,8 @@ class Work:
             "STORAGE": TYPES[self.dtype],
             "ACC": TYPES[self.acc],
             "PRECISION": precision(spec.precision, self.dtype, target),
+            "OPTIONS": self.options,
+            "SMALLS": len(self.small),
         }
         # Not as bytes: Triton cuts the operands of a product to the width of the narrowest value that went into them,
         # which for fp64 it then cannot compile.
@@ -85,6 +99,7 @@ class Work:
             "reset_group": 0 if reset is None else reset.stride(1),
             "lengths": None if inputs.lengths is None else inputs.lengths.contiguous(),
             "offsets": None if inputs.offsets is None else inputs.offsets.contiguous(),
+            **arguments(inputs, self.options),
         }
 
     @property
@@ -155,6 +170,11 @@ class Work:
             tuple(d.clone(memory_format=torch.contiguous_format) for d in dfinal),
             tuple(torch.zeros(s.shape, dtype=s.dtype, device=device) for s in resets),
         )
+        if self.small:
+            size = (self.N, len(self.small), self.inputs.B, self.H)
+            self.arguments["dsmall"] = torch.zeros(size, dtype=self.acc, device=device)
+        if has(self.options, PROJ_CLIP):
+            self.arguments["within"] = within_projection(self.inputs, outputs.hidden, self.arguments["w_hr"])
         dy = rows(dy)
         given = dseq[0] if dseq and dseq[0].dim() > 1 else None
         self.constants |= {"DY_ALIGNED": even(dy), "HAS_DSEQ": given is not None}
@@ -173,6 +193,14 @@ class Work:
             **_named(("drestart_h", "drestart_c"), found.dreset_states),
         }
         return found
+
+    def of_small(self) -> tuple[tuple[Tensor, ...], ...]:
+        """The gradients of the elementwise parameters, from what kernels have summed over time for every batch row."""
+        if not self.small:
+            return ((),) * self.N
+        sums = self.arguments["dsmall"].sum(2).to(self.dtype)
+        order = [self.small.index(name) for name in self.spec.params if name in self.small]
+        return tuple(tuple(sums[n, k] for k in order) for n in range(self.N))
 
 
 def _named(names: tuple[str, str], tensors: tuple[Tensor, ...]) -> dict[str, Tensor | None]:
