@@ -97,6 +97,36 @@ def d_peeped(d, aux, k: tl.constexpr, d_gate):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def normalise(v, inside, count, eps):  # type: ignore[no-untyped-def]
+    """Layer norm of rows without its gain, of the `count` columns that are `inside`; and what it multiplied by."""
+    mean = tl.sum(tl.where(inside, v, 0.0), 1)[:, None] / count
+    centred = tl.where(inside, v - mean, 0.0)
+    scale = tl.rsqrt(tl.sum(centred * centred, 1)[:, None] / count + eps)
+    return centred * scale, scale
+
+
+@triton.jit
+def normed(c, aux):  # type: ignore[no-untyped-def]
+    if len(aux[3]):
+        return normalise(c, aux[3][2], aux[3][3], aux[3][4])[0] * aux[3][0] + aux[3][1]
+    else:
+        return c
+
+
+@triton.jit
+def d_normed(d, c, aux):  # type: ignore[no-untyped-def]
+    """The gradient at c from that at normed(c), and those of gain and shift in a tuple."""
+    if len(aux[3]):
+        y, scale = normalise(c, aux[3][2], aux[3][3], aux[3][4])
+        gained = tl.where(aux[3][2], d * aux[3][0], 0.0)
+        mean = tl.sum(gained, 1)[:, None] / aux[3][3]
+        slope = tl.sum(gained * y, 1)[:, None] / aux[3][3]
+        return scale * (gained - mean - y * slope), (d * y, d)
+    else:
+        return d, ()
+
+
+@triton.jit
 def clipped(c, aux):  # type: ignore[no-untyped-def]
     return bounded(c, aux[2][0]) if len(aux[2]) else c
 

@@ -1,7 +1,8 @@
 """A whole scan in one launch, for small H: a program has some rows of a group, all its units and all its steps.
 
 The weights are read once, states stay in registers, and no program waits for another. Sizes that are no powers of two
-are padded in the tiles and not in memory.
+are padded in the tiles and not in memory. With a diagonal recurrence, where units do not see each other, a program has
+some of the units, and H may be any.
 """
 
 # mypy: disable-error-code="assignment, misc"
@@ -49,6 +50,34 @@ from rnnkern.cells.triton_math import bounded
 _NUMBERS = ["T", "B", "reset_row", "reset_group", *NUMBERS]
 
 
+@triton.jit
+def _units(BLOCK_H: tl.constexpr, DIAGONAL: tl.constexpr):  # type: ignore[no-untyped-def]
+    j = tl.arange(0, BLOCK_H)
+    if DIAGONAL:
+        j += tl.program_id(1) * BLOCK_H
+    return j
+
+
+@triton.jit
+def _diagonal(w, n, j, GATES: tl.constexpr, H: tl.constexpr, ACC: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The weights of these units, [1, BLOCK_H] for each gate."""
+    found = ()
+    for g in tl.static_range(GATES):
+        values = tl.load(w + (n * GATES + g) * H + j, mask=j < H, other=0.0).to(ACC)
+        found = found + (values[None, :],)
+    return found
+
+
+@triton.jit
+def _product(  # type: ignore[no-untyped-def]
+    left, weights, start, ACC: tl.constexpr, PRECISION: tl.constexpr, DIAGONAL: tl.constexpr,
+):  # fmt: skip
+    if DIAGONAL:
+        return start + left.to(ACC) * weights
+    else:
+        return tl.dot(left, weights, start, input_precision=PRECISION, out_dtype=ACC)
+
+
 @triton.jit(do_not_specialize=[*_NUMBERS, "gx_row", "gx_group"])
 def forward_scan(  # type: ignore[no-untyped-def]
     gx, w, bias, h0, c0, restart_h, restart_c, reset, lengths, offsets, y, h_last, c_last, seq, planes,
@@ -59,7 +88,7 @@ def forward_scan(  # type: ignore[no-untyped-def]
     HAS_BIAS: tl.constexpr, HAS_RESET: tl.constexpr, HAS_RESTART: tl.constexpr, HAS_LENGTHS: tl.constexpr,
     HAS_OFFSETS: tl.constexpr, SAVE_STATES: tl.constexpr, SAVE_PLANES: tl.constexpr,
     STORAGE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, GX_ALIGNED: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, OPTIONS: tl.constexpr, SMALLS: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, OPTIONS: tl.constexpr, SMALLS: tl.constexpr, DIAGONAL: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(2).to(tl.int64)
     b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -69,15 +98,18 @@ def forward_scan(  # type: ignore[no-untyped-def]
     gx_group = wide(gx_group, GX_ALIGNED)
     back = walks_back(n, PERIOD, REVERSE)
     length = lengths_of(b, B, T, lengths, HAS_LENGTHS)
-    j = tl.arange(0, BLOCK_H)
+    j = _units(BLOCK_H, DIAGONAL)
     inside = (j < H)[None, :]
     own = n * B + b
     batch = (b < B)[:, None] & inside
 
     weights = ()
-    for g in tl.static_range(GATES):
-        square = w + (n * GATES + g) * H * H + j[None, :] * H + j[:, None]
-        weights = weights + (tl.load(square, mask=(j < H)[:, None] & inside, other=0.0),)
+    if DIAGONAL:
+        weights = _diagonal(w, n, j, GATES, H, ACC)
+    else:
+        for g in tl.static_range(GATES):
+            square = w + (n * GATES + g) * H * H + j[None, :] * H + j[:, None]
+            weights = weights + (tl.load(square, mask=(j < H)[:, None] & inside, other=0.0),)
     gate_bias = biases(bias, n, j, batch, GATES, HAS_BIAS, ACC, H)
     states = initial(h0, c0, own, j, batch, HAS_C, ACC, H)
 
@@ -98,14 +130,16 @@ def forward_scan(  # type: ignore[no-untyped-def]
         if DROPS & OPTIONS:
             h = dropped(h, keep_h, keep_step, own, at, j, mask, H, ACC, OPTIONS).to(STORAGE)
             scale = number(scale_h, ACC)
+            zero = tl.zeros((BLOCK_B, BLOCK_H), ACC)
             for g in tl.static_range(GATES):
-                gh = gh + (tl.dot(h, weights[g], input_precision=PRECISION, out_dtype=ACC) * scale + gate_bias[g],)
+                product = _product(h, weights[g], zero, ACC, PRECISION, DIAGONAL)
+                gh = gh + (product * scale + gate_bias[g],)
         else:
             h = h.to(STORAGE)
             for g in tl.static_range(GATES):
-                gh = gh + (tl.dot(h, weights[g], gate_bias[g], input_precision=PRECISION, out_dtype=ACC),)
+                gh = gh + (_product(h, weights[g], gate_bias[g], ACC, PRECISION, DIAGONAL),)
 
-        aux = auxiliary(candidate, scale_candidate, small, cell_clip, n, at, j, mask, SMALLS, H, ACC, OPTIONS)
+        aux = auxiliary(candidate, scale_candidate, small, cell_clip, 0, n, at, j, mask, SMALLS, SMALLS, H, ACC, OPTIONS)
         new, activations = CELL(x, gh, entering, aux)
         if ZONES_H & OPTIONS:
             stay = staying(stay_h, share_h, at, j, mask, H, ACC, STAY_H, OPTIONS)
@@ -127,7 +161,7 @@ def forward_scan(  # type: ignore[no-untyped-def]
 @triton.jit
 def _d_states(  # type: ignore[no-untyped-def]
     pending, weights, carry, d_restart, came, was_reset, factor, bound,
-    GATES: tl.constexpr, HAS_RESET: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    GATES: tl.constexpr, HAS_RESET: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, DIAGONAL: tl.constexpr,
 ):  # fmt: skip
     """(dh as it leaves the step before, what goes to the reset state) from a step's gate gradients and its carry.
 
@@ -138,7 +172,7 @@ def _d_states(  # type: ignore[no-untyped-def]
     if len(factor):
         total = tl.zeros(carry.shape, ACC)
     for g in tl.static_range(GATES):
-        total = tl.dot(pending[g], weights[g], total, input_precision=PRECISION, out_dtype=ACC)
+        total = _product(pending[g], weights[g], total, ACC, PRECISION, DIAGONAL)
     if len(factor):
         total = total * factor[0] + carry
     total, d_restart = through(total, carry, d_restart, came, was_reset, HAS_RESET)
@@ -158,7 +192,7 @@ def backward_scan(  # type: ignore[no-untyped-def]
     PERIOD: tl.constexpr, REVERSE: tl.constexpr,
     HAS_RESET: tl.constexpr, HAS_RESTART: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_OFFSETS: tl.constexpr,
     STORAGE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, DY_ALIGNED: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, OPTIONS: tl.constexpr, SMALLS: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, OPTIONS: tl.constexpr, SMALLS: tl.constexpr, DIAGONAL: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(2).to(tl.int64)
     b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -168,7 +202,7 @@ def backward_scan(  # type: ignore[no-untyped-def]
     dy_group = wide(dy_group, DY_ALIGNED)
     back = walks_back(n, PERIOD, REVERSE)
     length = lengths_of(b, B, T, lengths, HAS_LENGTHS)
-    j = tl.arange(0, BLOCK_H)
+    j = _units(BLOCK_H, DIAGONAL)
     inside = (j < H)[None, :]
     own = n * B + b
     batch = (b < B)[:, None] & inside
@@ -176,9 +210,12 @@ def backward_scan(  # type: ignore[no-untyped-def]
     weights = ()
     pending = ()  # the gate gradients of the step before in this loop; their product is made while its loads run
     for g in tl.static_range(GATES):
-        square = w + (n * GATES + g) * H * H + j[:, None] * H + j[None, :]
-        weights = weights + (tl.load(square, mask=(j < H)[:, None] & inside, other=0.0),)
+        if not DIAGONAL:
+            square = w + (n * GATES + g) * H * H + j[:, None] * H + j[None, :]
+            weights = weights + (tl.load(square, mask=(j < H)[:, None] & inside, other=0.0),)
         pending = pending + (tl.zeros((BLOCK_B, BLOCK_H), STORAGE),)
+    if DIAGONAL:
+        weights = _diagonal(w, n, j, GATES, H, ACC)
     zero = tl.zeros((BLOCK_B, BLOCK_H), ACC)
     # They come holding the gradients of the final states.
     carry = read(dh0, own, j, batch, ACC, H)
@@ -219,8 +256,9 @@ def backward_scan(  # type: ignore[no-untyped-def]
             dc += read(dseq, at, j, mask, ACC, H)
 
         total, d_restart_h = _d_states(
-            pending, weights, carry, d_restart_h, came, was_reset, factor, bound, GATES, HAS_RESET, ACC, PRECISION
-        )
+            pending, weights, carry, d_restart_h, came, was_reset, factor, bound,
+            GATES, HAS_RESET, ACC, PRECISION, DIAGONAL,
+        )  # fmt: skip
         d += total
         if ZONES_H & OPTIONS:
             stay = staying(stay_h, share_h, at, j, mask, H, ACC, STAY_H, OPTIONS)
@@ -234,7 +272,7 @@ def backward_scan(  # type: ignore[no-untyped-def]
                 past_c = stay * dc
                 d_cell = (1.0 - stay) * dc
             dstates = dstates + (d_cell,)
-        aux = auxiliary(candidate, scale_candidate, small, cell_clip, n, at, j, mask, SMALLS, H, ACC, OPTIONS)
+        aux = auxiliary(candidate, scale_candidate, small, cell_clip, 0, n, at, j, mask, SMALLS, SMALLS, H, ACC, OPTIONS)
         gates_x, gates_h, dentering, d_parameters = CELL(dstates, activations, entering, aux)
         if ZONES_H & OPTIONS:
             dentering = (dentering[0] + past_h,) + dentering[1:]
@@ -264,8 +302,9 @@ def backward_scan(  # type: ignore[no-untyped-def]
         was_reset = replaced
 
     total, d_restart_h = _d_states(
-        pending, weights, carry, d_restart_h, came, was_reset, factor, bound, GATES, HAS_RESET, ACC, PRECISION
-    )
+        pending, weights, carry, d_restart_h, came, was_reset, factor, bound,
+        GATES, HAS_RESET, ACC, PRECISION, DIAGONAL,
+    )  # fmt: skip
     for k in tl.static_range(SMALLS):
         tl.store(dsmall + (((n * SMALLS + k) * B + b) * H)[:, None] + j[None, :], sums[k], mask=batch)
     end(dh0, dc0, (total, dc), own, j, batch, HAS_C, STORAGE, H)

@@ -23,4 +23,6 @@ STEPS = {
     "gru": TritonCell(gru.step, gru.step_backward),
     "mgu": TritonCell(mgu.step, mgu.step_backward),
     "ligru": TritonCell(ligru.step, ligru.step_backward),
+    "indrnn_tanh": TritonCell(rnn.tanh_step, rnn.tanh_step_backward),
+    "indrnn_relu": TritonCell(rnn.relu_step, rnn.relu_step_backward),
 }

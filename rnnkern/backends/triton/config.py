@@ -19,6 +19,7 @@ import torch
 
 from rnnkern._cuda import batch_parallel_h
 from rnnkern.backends.triton.gluon_shim import unavailable
+from rnnkern.backends.triton.options import NORMS, has
 
 DRIVERS = ("batch_parallel", "per_step", "persistent", "gluon")
 TOGETHER = ("persistent", "gluon")  # those whose programs wait for each other
@@ -72,7 +73,7 @@ def target_of(device: torch.device) -> Target:
 class Config:
     driver: str
     block_b: int  # batch rows of a program
-    block_h: int  # units of a program (batch_parallel: all of them)
+    block_h: int  # units of a program (batch_parallel: all of them, but with a diagonal recurrence)
     block_k: int  # width of a slice of the product (batch_parallel: all of it; TOGETHER: what is awaited at once)
     warps: int
     stages: int
@@ -112,7 +113,8 @@ class Question:
     project: bool
     target: Target
     exact: bool = False  # fp32 in three products of TF32
-    options: bool = False  # masks and the like (options.py)
+    options: int = 0  # masks and the like (options.py)
+    dense: bool = True  # a recurrence with a product
 
 
 def precision(asked: str, dtype: torch.dtype, target: Target) -> str:
@@ -141,7 +143,7 @@ def choose(question: Question, driver: str | None = None) -> Config:
         found = replace(found, **asked)
     except ValueError as error:
         raise ValueError(f"{VARIABLE}: {error}") from None
-    if found.driver == "batch_parallel" and asked.get("block_h", question.H) < question.H:
+    if found.driver == "batch_parallel" and question.dense and asked.get("block_h", question.H) < question.H:
         raise ValueError(f"{VARIABLE}: block_h={found.block_h}: batch_parallel takes all of H={question.H} in one tile")
     return found
 
@@ -169,10 +171,24 @@ def fits_batch_parallel(question: Question) -> str:
     """Why the batch-parallel driver cannot do it, or nothing."""
     if question.project:
         return "a projection (batch_parallel has no second product; per_step does it)"
+    if has(question.options, NORMS):
+        return "layer norm (batch_parallel is without; per_step does it where the recurrence has a product)"
+    if not question.dense:
+        return ""
     backward, hip = question.direction == "backward", question.target.kind == "hip"
     most = batch_parallel_h(question.gates, question.dtype, backward, hip)
     if question.H > most:
         return f"H={question.H} (batch_parallel holds all weights in one program: up to H={most} in {question.dtype})"
+    return ""
+
+
+def fits_per_step(q: Question) -> str:
+    """Why the per-step driver cannot do it, or nothing."""
+    if not q.dense:
+        return "a diagonal recurrence (per_step is for products; batch_parallel does it, without layer norm)"
+    most = 2048 if q.dtype.itemsize < 8 else 1024
+    if has(q.options, NORMS) and q.H > most:
+        return f"layer norm with H={q.H} (a program holds whole rows: up to H={most} in {q.dtype})"
     return ""
 
 
@@ -205,6 +221,8 @@ def awaited(q: Question, config: Config) -> tuple[int, ...]:
 def fits_together(q: Question, config: Config) -> str:
     """Why the persistent driver, or its twin in Gluon, cannot do it so, or nothing."""
     name = config.driver
+    if not q.dense:
+        return f"a diagonal recurrence ({name} is for products; batch_parallel does it)"
     if q.target.kind == "hip":
         return f"{q.target.name} ({name} programs hand values over by instructions of NVIDIA's)"
     if q.target.arch < 80:
@@ -227,12 +245,14 @@ def fits_together(q: Question, config: Config) -> str:
 
 
 def misfit(q: Question, config: Config) -> str:
-    """Why the driver cannot do it so, or nothing; per_step can do everything."""
+    """Why the driver cannot do it so, or nothing."""
     if config.driver == "batch_parallel":
         return fits_batch_parallel(q)
+    if config.driver == "per_step":
+        return fits_per_step(q)
     if config.driver == "gluon" and (why := unavailable()):
         return why
-    return fits_together(q, config) if config.driver in TOGETHER else ""
+    return fits_together(q, config)
 
 
 def suits_together(q: Question, driver: str) -> bool:
@@ -310,6 +330,8 @@ def model(q: Question, driver: str | None = None) -> Config:
 
 def _whole(q: Question) -> Config:
     """Few rows: products of 4 rows take as long as those of 16, what is done with them does not."""
+    if not q.dense:  # a warp's rows lie in whole lines of the cache
+        return Config("batch_parallel", 4, min(128 // q.dtype.itemsize, power_of_two(q.H)), 16, 1, 1)
     H = min(256, power_of_two(q.H))  # `fits_batch_parallel` says that larger ones do not fit
     if q.target.kind == "hip":
         return Config("batch_parallel", 16, H, H, 4, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,9 +12,20 @@ from torch import Tensor
 
 from rnnkern.backends.base import ScanGrads, ScanInputs, ScanOutputs
 from rnnkern.backends.triton import batch_parallel_kernels as whole
+from rnnkern.backends.triton import per_step_backward as single_backward
 from rnnkern.backends.triton import per_step_kernels as single
 from rnnkern.backends.triton import persistent_kernels
-from rnnkern.backends.triton.config import TOGETHER, Config, Question, Target, awaited, choose, handed_over, precision
+from rnnkern.backends.triton.config import (
+    TOGETHER,
+    Config,
+    Question,
+    Target,
+    awaited,
+    choose,
+    handed_over,
+    power_of_two,
+    precision,
+)
 from rnnkern.backends.triton.interpreter import INTERPRETED
 from rnnkern.backends.triton.launch import Launch, launch
 from rnnkern.backends.triton.lost import LOST
@@ -45,8 +57,9 @@ def question(inputs: ScanInputs, direction: str, target: Target) -> Question:
     H, P = width // gates, inputs.states[0].shape[2]
     dtype, project = inputs.gx.dtype, "w_hr" in spec.params
     exact = precision(spec.precision, dtype, target) == "tf32x3"
+    dense = CELLS[spec.cell].dense
     return Question(
-        spec.cell, gates, dtype, direction, inputs.B, H, P, N, project, target, exact, options_of(spec) != 0
+        spec.cell, gates, dtype, direction, inputs.B, H, P, N, project, target, exact, options_of(spec), dense
     )
 
 
@@ -65,8 +78,14 @@ def plan_forward(inputs: ScanInputs, target: Target, driver: str | None = None) 
     if work.project:
         saved = out.hidden if out.hidden.numel() else _scratch(work, work.H, work.dtype)
         work.arguments["hidden"] = saved
+    if work.rows:
+        work.arguments["product"] = _scratch(work, len(work.cell.gates) * work.H, work.acc)
     table = _table(work)
-    launches = [_single(work, single.forward_step, config, work.H)]
+    if work.rows:
+        launches = [_single(work, single.product_step, config, len(work.cell.gates) * work.H)]
+        launches.append(_of_rows(work, single.forward_step, config))
+    else:
+        launches = [_single(work, single.forward_step, config, work.H)]
     if work.project:
         launches.append(_single(work, single.project_step, config, work.P))
     return out, Program(tuple(launches), inputs.T, table)
@@ -98,10 +117,14 @@ def plan_backward(
         wide = torch.zeros_like(grads.dreset_states[0], dtype=work.acc)
         grads.dreset_states = (wide, *grads.dreset_states[1:])
         work.arguments["drestart_h"] = wide
+    if work.rows:
+        work.arguments["dhidden"] = _scratch(work, work.H, work.acc)
     table = _table(work)
-    launches = [_single(work, single.backward_step, config, work.P)]
+    launches = [_single(work, single_backward.backward_step, config, work.P)]
     if work.project:
-        launches.append(_single(work, single.backward_cell_step, config, work.H))
+        launches.append(_single(work, single_backward.backward_cell_step, config, work.H))
+    if work.rows:
+        launches.append(_of_rows(work, single_backward.backward_row_step, config))
     return grads, Program(tuple(launches), inputs.T + 1, table, small=work.of_small)
 
 
@@ -111,7 +134,7 @@ def _scratch(work: Work, width: int, dtype: torch.dtype) -> Tensor:
 
 def _whole(work: Work, kernel: object, config: Config) -> Program:
     constants = work.constants | {"CELL": _cell(work, kernel), "BLOCK_B": config.block_b, "BLOCK_H": config.block_h}
-    grid = (-(-work.inputs.B // config.block_b), 1, work.N)
+    grid = (-(-work.inputs.B // config.block_b), 1 if work.cell.dense else -(-work.H // config.block_h), work.N)
     return Program((launch(kernel, grid, config.options(work.target), constants, work.arguments),))
 
 
@@ -160,6 +183,17 @@ def _single(work: Work, kernel: object, config: Config, width: int) -> Launch:
     tiles = {"BLOCK_B": config.block_b, "BLOCK_H": config.block_h, "BLOCK_K": config.block_k}
     grid = (-(-work.inputs.B // config.block_b), -(-width // config.block_h), work.N)
     return launch(kernel, grid, config.options(work.target), work.constants | {"CELL": _cell(work, kernel)} | tiles)
+
+
+def _of_rows(work: Work, kernel: object, config: Config) -> Launch:
+    """Of programs that hold whole rows."""
+    width = power_of_two(work.H)
+    rows = max(1, 512 // width)
+    warps = max(4, width // 128)
+    tiles = {"BLOCK_B": rows, "BLOCK_H": width, "BLOCK_K": 16}
+    grid = (-(-work.inputs.B // rows), 1, work.N)
+    options = replace(config, warps=warps, stages=1).options(work.target)
+    return launch(kernel, grid, options, work.constants | {"CELL": _cell(work, kernel)} | tiles)
 
 
 def _cell(work: Work, kernel: Any) -> object:

@@ -16,22 +16,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rnnkern.backends.base import ScanInputs, ScanSpec
+from rnnkern._weights import Entering
+from rnnkern.backends.base import ScanInputs, ScanSpec, accumulation_dtype
 from rnnkern.cells import CELLS
+from rnnkern.cells.functions import normalise
 
 BITS = (
     "keep_h", "keep_step", "candidate", "stay_h", "stay_c", "share_h", "share_c", "cell_clip", "proj_clip", "grad_clip",
-    "small",
+    "small", "norm_h", "norm_c",
 )  # fmt: skip
 (
     KEEP_H, KEEP_STEP, CANDIDATE, STAY_H, STAY_C, SHARE_H, SHARE_C, CELL_CLIP, PROJ_CLIP, GRAD_CLIP, SMALL,
+    NORM_H, NORM_C,
 ) = (tl.constexpr(1 << k) for k in range(len(BITS)))  # fmt: skip
 DROPS = tl.constexpr(0b11)
 ZONES_H = tl.constexpr(0b101000)
 ZONES_C = tl.constexpr(0b1010000)
+NORMS = tl.constexpr(NORM_H.value | NORM_C.value)  # what needs whole rows
 
 MASKS = {"h": "keep_h", "h_step": "keep_step", "candidate": "candidate", "zoneout_h": "stay_h", "zoneout_c": "stay_c"}
-NUMBERS = ("scale_h", "scale_candidate", "share_h", "share_c", "cell_clip", "proj_clip", "grad_clip")
+NUMBERS = ("scale_h", "scale_candidate", "share_h", "share_c", "cell_clip", "proj_clip", "grad_clip", "eps")
 
 
 def small_of(spec: ScanSpec) -> tuple[str, ...]:
@@ -50,6 +54,8 @@ def options_of(spec: ScanSpec) -> int:
         "proj_clip": spec.proj_clip and "w_hr" in spec.params,
         "grad_clip": spec.grad_clip,
         "small": small_of(spec),
+        "norm_h": "ln_hh" in spec.params,
+        "norm_c": set(small_of(spec)) & set(CELLS[spec.cell].row),
     }
     found |= {name for name, there in given.items() if there}
     return sum(1 << k for k, name in enumerate(BITS) if name in found)
@@ -64,11 +70,13 @@ def refusals(spec: ScanSpec) -> list[str]:
     cell, two = CELLS[spec.cell], len(CELLS[spec.cell].states) > 1
     known = {"h", "h_step", "zoneout_h", *(("zoneout_c",) if two else ()), *cell.masks}
     reasons = [f"mask {name}" for name in spec.noise if name not in known]
-    small = [name for name in cell.small if name not in cell.row]
-    reasons += [f"parameter {name}" for name in spec.params if name not in {"w_hh", "b_hh", "w_hr", *small}]
-    if 0 < len(small_of(spec)) < len(small):
-        missing = (name for name in small if name not in spec.params)
-        reasons.append(f"parameter {small_of(spec)[0]} without {', '.join(missing)}")
+    known = {"w_hh", "b_hh", "w_hr", "ln_hh", *cell.small}
+    reasons += [f"parameter {name}" for name in spec.params if name not in known]
+    for together in (cell.row, tuple(name for name in cell.small if name not in cell.row)):
+        given = [name for name in together if name in spec.params]
+        if 0 < len(given) < len(together):
+            missing = (name for name in together if name not in given)
+            reasons.append(f"parameter {given[0]} without {', '.join(missing)}")
     if not two and (spec.cell_clip or spec.zoneout[1]):
         reasons.append(f"{cell.name} has no state c to clip or zone out")
     return reasons
@@ -102,6 +110,7 @@ def arguments(inputs: ScanInputs, options: int) -> dict[str, Any]:
         CELL_CLIP: ("cell_clip", spec.cell_clip),
         PROJ_CLIP: ("proj_clip", spec.proj_clip),
         GRAD_CLIP: ("grad_clip", spec.grad_clip),
+        NORMS: ("eps", spec.eps),
     }
     found |= {name: word(value) for bit, (name, value) in numbers_of.items() if has(options, bit)}
     if has(options, SMALL):
@@ -114,7 +123,22 @@ def within_projection(inputs: ScanInputs, hidden: Tensor, weights: Tensor) -> Te
     """[S, N, P] 1 where proj_clip did not bound the projection, else 0: what a backward multiplies dh by."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     raw = torch.einsum("snh,nph->snp", hidden.to(wide), weights.to(wide).view(-1, *weights.shape[-2:]))
-    return (raw.abs() <= inputs.spec.proj_clip).to(hidden.dtype)
+    return (raw.abs() <= inputs.spec.proj_clip).to(hidden.dtype).contiguous()
+
+
+def norms_of_products(inputs: ScanInputs, y: Tensor, spec: ScanSpec) -> tuple[Tensor, Tensor]:
+    """What layer norm made of every step's product, without its gain [S, N, G*H], and what it multiplied by [S, N, K]:
+    a backward reads them, and h is known by then."""
+    cell, wide = CELLS[spec.cell], accumulation_dtype(y.dtype)
+    entering = Entering(inputs, y, in_place=True)
+    normed, scales = [], []
+    for n, group in enumerate(inputs.params):
+        product = torch.mm(entering(n).to(wide), group[0].to(wide).t())
+        parts = product.split([count * product.shape[1] // len(cell.gates) for count in cell.norm], 1)
+        found = [normalise(part, spec.eps) for part in parts]
+        normed.append(torch.cat([values for values, _ in found], 1).to(y.dtype))
+        scales.append(torch.cat([scale for _, scale in found], 1))
+    return torch.stack(normed, 1), torch.stack(scales, 1)
 
 
 # ---- on the device: `at` are rows [BLOCK_B], `j` columns [BLOCK_H] of tensors that are `WIDTH` wide ------------------
@@ -157,21 +181,62 @@ def mixed(stay, old, new):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def normalised(tiles, inside, eps, FIRST: tl.constexpr, COUNT: tl.constexpr, H: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Layer norm, without its gain, of COUNT tiles together."""
+    mean = 0.0
+    for g in tl.static_range(COUNT):
+        mean += tl.sum(tl.where(inside, tiles[FIRST + g], 0.0), 1)[:, None]
+    mean = mean / (COUNT * H)
+    square = 0.0
+    centred = ()
+    for g in tl.static_range(COUNT):
+        centred = centred + (tl.where(inside, tiles[FIRST + g] - mean, 0.0),)
+        square += tl.sum(centred[g] * centred[g], 1)[:, None]
+    scale = tl.rsqrt(square / (COUNT * H) + eps)
+    found = ()
+    for g in tl.static_range(COUNT):
+        found = found + (centred[g] * scale,)
+    return found
+
+
+@triton.jit
+def d_normalised(d, normed, scale, FIRST: tl.constexpr, COUNT: tl.constexpr, H: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The gradients at COUNT tiles from those at `normed`; columns that do not exist are 0 in `d`."""
+    mean = 0.0
+    slope = 0.0
+    for g in tl.static_range(COUNT):
+        mean += tl.sum(d[FIRST + g], 1)[:, None]
+        slope += tl.sum(d[FIRST + g] * normed[FIRST + g], 1)[:, None]
+    mean = mean / (COUNT * H)
+    slope = slope / (COUNT * H)
+    found = ()
+    for g in tl.static_range(COUNT):
+        found = found + (scale * (d[FIRST + g] - mean - normed[FIRST + g] * slope),)
+    return found
+
+
+@triton.jit
 def auxiliary(  # type: ignore[no-untyped-def]
-    candidate, scale_candidate, small, cell_clip, n, at, j, mask,
-    SMALLS: tl.constexpr, H: tl.constexpr, ACC: tl.constexpr, OPTIONS: tl.constexpr,
+    candidate, scale_candidate, small, cell_clip, eps, n, at, j, mask,
+    SMALLS: tl.constexpr, PEEPS: tl.constexpr, H: tl.constexpr, ACC: tl.constexpr, OPTIONS: tl.constexpr,
 ):  # fmt: skip
     """What a cell's step takes besides gates and states (triton_math.py)."""
     keep = ()
     parameters = ()
     bound = ()
+    norm = ()
     if CANDIDATE & OPTIONS:
         kept = tl.load(candidate + (at * H)[:, None] + j[None, :], mask=mask, other=0.0).to(ACC)
         keep = (kept * number(scale_candidate, ACC),)
     if SMALL & OPTIONS:
         for k in tl.static_range(SMALLS):
             values = tl.load(small + (n * SMALLS + k) * H + j, mask=j < H, other=0.0).to(ACC)
-            parameters = parameters + (values[None, :],)
+            if k < PEEPS:
+                parameters = parameters + (values[None, :],)
+            else:
+                norm = norm + (values[None, :],)
+    if NORM_C & OPTIONS:
+        norm = norm + ((j < H)[None, :], H, number(eps, ACC))
     if CELL_CLIP & OPTIONS:
         bound = (number(cell_clip, ACC),)
-    return keep, parameters, bound
+    return keep, parameters, bound, norm

@@ -114,7 +114,7 @@ def _inputs(cell: str, dtype: torch.dtype, H: int, B: int, kind: str, save: str,
 
     states = (new(N, B, P), *(new(N, B, H, dtype=wide) for _ in CELLS[cell].states[1:]))
     names = ("w_hh", "b_hh", *(("w_hr",) if kind == "projected" else ()))
-    params = (new(G * H, P), new(G * H), *((new(P, H),) if kind == "projected" else ()))
+    params = (new(*CELLS[cell].recurrent_shape(H, P)), new(G * H), *((new(P, H),) if kind == "projected" else ()))
     scan = ScanSpec(cell, (False, True)[:N], names, save=save, precision=precision)
     inputs = ScanInputs(scan, T, B, new(T * B, N, G * H), states, (params,) * N)
     if kind == "rich":

@@ -68,7 +68,7 @@ def problem(cell: str, dtype: torch.dtype, precision: str, H: int) -> ScanInputs
         return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
 
     states = (normal(N, B, H), *(normal(N, B, H, dtype=wide) for _ in spec.states[1:]))
-    params = tuple((normal(G * H, H, scale=H**-0.5), normal(G * H, scale=0.1)) for _ in range(N))
+    params = tuple((normal(*spec.recurrent_shape(H, H), scale=H**-0.5), normal(G * H, scale=0.1)) for _ in range(N))
     scan = ScanSpec(cell, (False, True), ("w_hh", "b_hh"), precision=precision)
     lengths = torch.tensor([T, 1, T - 3, T, 2])
     return ScanInputs(scan, T, B, normal(T * B, N, G * H), states, params, lengths=lengths)

@@ -8,10 +8,12 @@ import triton.language as tl  # noqa: F401  the interpreter looks for it in the 
 from rnnkern.cells.triton_math import (
     clipped,
     d_clipped,
+    d_normed,
     d_peeped,
     d_sigmoid,
     d_tanh,
     kept,
+    normed,
     peeped,
     sigmoid,
     tanh,
@@ -27,7 +29,7 @@ def step(gx, gh, states, aux):  # type: ignore[no-untyped-def]
     g = tanh(gx[2] + gh[2])
     c = clipped(f * c0 + i * kept(g, aux), aux)
     o = sigmoid(peeped(gx[3] + gh[3], aux, 2, c))
-    h = o * tanh(c)
+    h = o * tanh(normed(c, aux))
     return (h, c), (i, f, g, o)
 
 
@@ -38,9 +40,10 @@ def step_backward(dstates, planes, states, aux):  # type: ignore[no-untyped-def]
     c0 = states[1]
     raw = f * c0 + i * kept(g, aux)
     c = clipped(raw, aux)
-    u = tanh(c)
+    u = tanh(normed(c, aux))
     do = dh * u * d_sigmoid(o)
-    dc = d_peeped(dc + dh * o * d_tanh(u), aux, 2, do)
+    dv, d_norm = d_normed(dh * o * d_tanh(u), c, aux)
+    dc = d_peeped(dc + dv, aux, 2, do)
     dc = d_clipped(dc, raw, aux)
     di = dc * kept(g, aux) * d_sigmoid(i)
     df = dc * c0 * d_sigmoid(f)
@@ -49,5 +52,6 @@ def step_backward(dstates, planes, states, aux):  # type: ignore[no-untyped-def]
     small = ()
     if len(aux[1]):
         small = (di * c0, df * c0, do * c)
+    small = small + d_norm
     gates = (di, df, dg, do)
     return gates, gates, (zeros_like(dh), dc0), small
