@@ -40,7 +40,7 @@ class Triton:
         if spec.cell not in STEPS:
             return [*reasons, f"cell {spec.cell}: only {', '.join(STEPS)}"]
         reasons += refusals(spec)
-        if CELLS[spec.cell].mixes_h and "w_hr" in spec.params:
+        if "w_hr" in spec.params and (CELLS[spec.cell].mixes_h or not CELLS[spec.cell].dense):
             reasons.append(f"a projected {spec.cell}: its step reads h at full width")
         if len(spec.reverse) > _GROUPS:
             reasons.append(f"{len(spec.reverse)} groups: at most {_GROUPS}")

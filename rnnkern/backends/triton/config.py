@@ -172,7 +172,7 @@ def fits_batch_parallel(question: Question) -> str:
     if question.project:
         return "a projection (batch_parallel has no second product; per_step does it)"
     if has(question.options, NORMS):
-        return "layer norm (batch_parallel is without; per_step does it where the recurrence has a product)"
+        return "layer norm (batch_parallel is without; per_step does it)"
     if not question.dense:
         return ""
     backward, hip = question.direction == "backward", question.target.kind == "hip"
@@ -184,8 +184,6 @@ def fits_batch_parallel(question: Question) -> str:
 
 def fits_per_step(q: Question) -> str:
     """Why the per-step driver cannot do it, or nothing."""
-    if not q.dense:
-        return "a diagonal recurrence (per_step is for products; batch_parallel does it, without layer norm)"
     most = 2048 if q.dtype.itemsize < 8 else 1024
     if has(q.options, NORMS) and q.H > most:
         return f"layer norm with H={q.H} (a program holds whole rows: up to H={most} in {q.dtype})"

@@ -133,7 +133,8 @@ def norms_of_products(inputs: ScanInputs, y: Tensor, spec: ScanSpec) -> tuple[Te
     entering = Entering(inputs, y, in_place=True)
     normed, scales = [], []
     for n, group in enumerate(inputs.params):
-        product = torch.mm(entering(n).to(wide), group[0].to(wide).t())
+        h, w_hh = entering(n).to(wide), group[0].to(wide)
+        product = torch.mm(h, w_hh.t()) if cell.dense else h.repeat(1, len(cell.gates)) * w_hh
         parts = product.split([count * product.shape[1] // len(cell.gates) for count in cell.norm], 1)
         found = [normalise(part, spec.eps) for part in parts]
         normed.append(torch.cat([values for values, _ in found], 1).to(y.dtype))

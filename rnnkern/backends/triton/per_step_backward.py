@@ -42,7 +42,7 @@ def _d_recurrent(  # type: ignore[no-untyped-def]
     GATES: tl.constexpr, MIXES_H: tl.constexpr, H: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
     HAS_RESET: tl.constexpr, HAS_RESTART: tl.constexpr, STORAGE: tl.constexpr, ACC: tl.constexpr,
     PRECISION: tl.constexpr, ALIGNED: tl.constexpr, DY_ALIGNED: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, OPTIONS: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, OPTIONS: tl.constexpr, DIAGONAL: tl.constexpr,
 ):  # fmt: skip
     """The whole gradient of h after this step, [BLOCK_B, BLOCK_H] at columns p.
 
@@ -50,16 +50,23 @@ def _d_recurrent(  # type: ignore[no-untyped-def]
     that later step was a reset, its share goes to the reset state; where this step is not there, to the initial state.
     """
     inside = (p < P)[None, :]
-    weights = pointer(table, slots.W, STORAGE, ALIGNED) + n * (GATES * H * P)
-    source = pointer(table, slots.DPROD if NORM_H & OPTIONS else slots.DGH, STORAGE, ALIGNED) + (after * N + n) * (GATES * H)
+    there = came[:, None] & inside
+    source = pointer(table, slots.DPROD if NORM_H & OPTIONS else slots.DGH, STORAGE, ALIGNED)
+    source += (after * N + n) * (GATES * H)
     total = tl.zeros((BLOCK_B, BLOCK_H), ACC)
-    for k in range(0, GATES * H, BLOCK_K):
-        kk = k + tl.arange(0, BLOCK_K)
-        d = tl.load(source[:, None] + kk[None, :], mask=came[:, None] & (kk < GATES * H)[None, :], other=0.0)
-        w = tl.load(weights + kk[:, None] * P + p[None, :], mask=(kk < GATES * H)[:, None] & inside, other=0.0)
-        total = tl.dot(d, w, total, input_precision=PRECISION, out_dtype=ACC)
+    if DIAGONAL:
+        for g in tl.static_range(GATES):
+            d = tl.load(source[:, None] + (g * H + p)[None, :], mask=there, other=0.0).to(ACC)
+            w = pointer(table, slots.W, STORAGE, ALIGNED) + (n * GATES + g) * H + p
+            total += d * tl.load(w, mask=p < P, other=0.0).to(ACC)[None, :]
+    else:
+        weights = pointer(table, slots.W, STORAGE, ALIGNED) + n * (GATES * H * P)
+        for k in range(0, GATES * H, BLOCK_K):
+            kk = k + tl.arange(0, BLOCK_K)
+            d = tl.load(source[:, None] + kk[None, :], mask=came[:, None] & (kk < GATES * H)[None, :], other=0.0)
+            w = tl.load(weights + kk[:, None] * P + p[None, :], mask=(kk < GATES * H)[:, None] & inside, other=0.0)
+            total = tl.dot(d, w, total, input_precision=PRECISION, out_dtype=ACC)
     if DROPS & OPTIONS:
-        there = came[:, None] & inside
         total = dropped_of(table, total, n * B + b, after * N + n, p, there, P, STORAGE, ACC, ALIGNED, OPTIONS)
         total = total * number_of(table, slots.SCALE_H, ACC)
     own = ((n * B + b) * P)[:, None] + p[None, :]
@@ -208,7 +215,7 @@ def backward_step(  # type: ignore[no-untyped-def]
     HAS_LENGTHS: tl.constexpr, HAS_OFFSETS: tl.constexpr, PROJECT: tl.constexpr,
     STORAGE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr, DY_ALIGNED: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, OPTIONS: tl.constexpr, SMALLS: tl.constexpr,
-    PEEPS: tl.constexpr, NORM: tl.constexpr, STARTS: tl.constexpr,
+    PEEPS: tl.constexpr, NORM: tl.constexpr, STARTS: tl.constexpr, DIAGONAL: tl.constexpr,
 ):  # fmt: skip
     """Launched T + 1 times, from the walk's last step to the one before its first, where only dstates are left.
 
@@ -226,7 +233,7 @@ def backward_step(  # type: ignore[no-untyped-def]
     dh = _d_recurrent(
         table, row, alive, after, came, n, b, B, p,
         GATES, MIXES_H, H, P, N, HAS_RESET, HAS_RESTART, STORAGE, ACC, PRECISION, ALIGNED, DY_ALIGNED,
-        BLOCK_B, BLOCK_H, BLOCK_K, OPTIONS,
+        BLOCK_B, BLOCK_H, BLOCK_K, OPTIONS, DIAGONAL,
     )  # fmt: skip
     past = ()
     mask = alive[:, None] & (p < P)[None, :]

@@ -52,29 +52,41 @@ def _gates(  # type: ignore[no-untyped-def]
     table, source, read, at, own, n, j,
     GATES: tl.constexpr, H: tl.constexpr, P: tl.constexpr, HAS_BIAS: tl.constexpr, STORAGE: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, OPTIONS: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, OPTIONS: tl.constexpr, DIAGONAL: tl.constexpr,
 ):  # fmt: skip
-    """h W_hh^T and its bias, a tile for each gate."""
+    """h W_hh^T and its bias, a tile for each gate; or h times the weights of a diagonal recurrence."""
     gh = ()
     if DROPS & OPTIONS:
         for _ in tl.static_range(GATES):
             gh = gh + (tl.zeros((BLOCK_B, BLOCK_H), ACC),)
     else:
         gh = bias_tiles(table, n, j, BLOCK_B, BLOCK_H, GATES, H, HAS_BIAS, STORAGE, ACC, ALIGNED)
-    weights = pointer(table, slots.W, STORAGE, ALIGNED) + n * (GATES * H * P)
-    for k in range(0, P, BLOCK_K):
-        kk = k + tl.arange(0, BLOCK_K)
-        there = read[:, None] & (kk < P)[None, :]
-        h = tl.load(source[:, None] + kk[None, :], mask=there, other=0.0)
+    if DIAGONAL:
+        u = j % P  # of the units, where j goes over those of several gates
+        there = read[:, None] & (j < H)[None, :]
+        h = tl.load(source[:, None] + u[None, :], mask=there, other=0.0).to(ACC)
         if DROPS & OPTIONS:
-            h = dropped_of(table, h, own, at, kk, there, P, STORAGE, ACC, ALIGNED, OPTIONS).to(STORAGE)
-        wk = weights + j[None, :] * P + kk[:, None]
-        inside = (kk < P)[:, None] & (j < H)[None, :]
+            h = dropped_of(table, h, own, at, u, there, P, STORAGE, ACC, ALIGNED, OPTIONS)
         sums = ()
         for g in tl.static_range(GATES):
-            wg = tl.load(wk + g * H * P, mask=inside, other=0.0)
-            sums = sums + (tl.dot(h, wg, gh[g], input_precision=PRECISION, out_dtype=ACC),)
+            wg = pointer(table, slots.W, STORAGE, ALIGNED) + (n * GATES + g) * H + j
+            sums = sums + (gh[g] + h * tl.load(wg, mask=j < H, other=0.0).to(ACC)[None, :],)
         gh = sums
+    else:
+        weights = pointer(table, slots.W, STORAGE, ALIGNED) + n * (GATES * H * P)
+        for k in range(0, P, BLOCK_K):
+            kk = k + tl.arange(0, BLOCK_K)
+            there = read[:, None] & (kk < P)[None, :]
+            h = tl.load(source[:, None] + kk[None, :], mask=there, other=0.0)
+            if DROPS & OPTIONS:
+                h = dropped_of(table, h, own, at, kk, there, P, STORAGE, ACC, ALIGNED, OPTIONS).to(STORAGE)
+            wk = weights + j[None, :] * P + kk[:, None]
+            inside = (kk < P)[:, None] & (j < H)[None, :]
+            sums = ()
+            for g in tl.static_range(GATES):
+                wg = tl.load(wk + g * H * P, mask=inside, other=0.0)
+                sums = sums + (tl.dot(h, wg, gh[g], input_precision=PRECISION, out_dtype=ACC),)
+            gh = sums
     if DROPS & OPTIONS:
         start = bias_tiles(table, n, j, BLOCK_B, BLOCK_H, GATES, H, HAS_BIAS, STORAGE, ACC, ALIGNED)
         scale = number_of(table, slots.SCALE_H, ACC)
@@ -121,6 +133,7 @@ def product_step(  # type: ignore[no-untyped-def]
     REVERSE: tl.constexpr, HAS_RESET: tl.constexpr, HAS_RESTART: tl.constexpr, HAS_LENGTHS: tl.constexpr,
     HAS_OFFSETS: tl.constexpr, STORAGE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     ALIGNED: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, OPTIONS: tl.constexpr,
+    DIAGONAL: tl.constexpr,
 ):  # fmt: skip
     """What comes before `forward_step` under layer norm, which is of whole rows: h W_hh^T, for all gates."""
     s, T, B, n, back, b, length = at_step(table, i, BLOCK_B, PERIOD, REVERSE, HAS_LENGTHS)
@@ -137,7 +150,7 @@ def product_step(  # type: ignore[no-untyped-def]
     j = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     (product,) = _gates(
         table, source, read, row * N + n, n * B + b, n, j,
-        1, GATES * H, P, False, STORAGE, ACC, PRECISION, ALIGNED, BLOCK_B, BLOCK_H, BLOCK_K, OPTIONS,
+        1, GATES * H, P, False, STORAGE, ACC, PRECISION, ALIGNED, BLOCK_B, BLOCK_H, BLOCK_K, OPTIONS, DIAGONAL,
     )  # fmt: skip
     at = pointer(table, slots.PRODUCT, ACC, ALIGNED) + ((n * B + b) * (GATES * H))[:, None] + j[None, :]
     tl.store(at, product, mask=alive[:, None] & (j < GATES * H)[None, :])
@@ -152,7 +165,7 @@ def forward_step(  # type: ignore[no-untyped-def]
     HAS_OFFSETS: tl.constexpr, PROJECT: tl.constexpr, SAVE_STATES: tl.constexpr, SAVE_PLANES: tl.constexpr,
     STORAGE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr, GX_ALIGNED: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, OPTIONS: tl.constexpr, SMALLS: tl.constexpr,
-    PEEPS: tl.constexpr, NORM: tl.constexpr, STARTS: tl.constexpr,
+    PEEPS: tl.constexpr, NORM: tl.constexpr, STARTS: tl.constexpr, DIAGONAL: tl.constexpr,
 ):  # fmt: skip
     s, T, B, n, back, b, length = at_step(table, i, BLOCK_B, PERIOD, REVERSE, HAS_LENGTHS)
     offsets = pointer(table, slots.OFFSETS, tl.int64, False)
@@ -180,7 +193,7 @@ def forward_step(  # type: ignore[no-untyped-def]
     else:
         gh = _gates(
             table, source, read, row * N + n, n * B + b, n, j,
-            GATES, H, P, HAS_BIAS, STORAGE, ACC, PRECISION, ALIGNED, BLOCK_B, BLOCK_H, BLOCK_K, OPTIONS,
+            GATES, H, P, HAS_BIAS, STORAGE, ACC, PRECISION, ALIGNED, BLOCK_B, BLOCK_H, BLOCK_K, OPTIONS, DIAGONAL,
         )  # fmt: skip
 
     states = (tl.zeros((BLOCK_B, BLOCK_H), ACC),)
