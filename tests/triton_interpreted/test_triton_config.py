@@ -190,7 +190,7 @@ def test_what_is_shipped_says_everything_that_a_compiler_asks() -> None:
         names.add(kernel.kernel.__name__)
     assert names == {
         "forward_scan", "backward_scan", "forward_step", "project_step", "backward_step", "backward_cell_step",
-        "forward_together", "backward_together",
+        "product_step", "backward_row_step", "forward_together", "backward_together",
         "write_table", "advance",
     }  # fmt: skip
 

@@ -42,6 +42,14 @@ def test_right_kernels_pass(cell: str, dtype: torch.dtype, monkeypatch: pytest.M
         assert trial.trusted(CPU, cell, dtype, "ieee")
 
 
+@pytest.mark.parametrize(("cell", "dtype"), [("lstm", torch.float32), ("gru", torch.bfloat16)], ids=str)
+def test_right_kernels_with_options_pass(cell: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "WIDTHS", (5, 17))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        assert trial.trusted(CPU, cell, dtype, "ieee", options=True)
+
+
 def test_both_drivers_are_tried() -> None:
     from rnnkern.backends.triton.config import choose, target_of
     from rnnkern.backends.triton.drivers import question

@@ -34,6 +34,7 @@ _BOUNDS = {"block_b": (4, 64), "block_h": (8, 64), "block_k": (16, 4096)}  # lea
 _TILES = (16, 32, 64)
 _LARGEST = {2: 32, 4: 32, 8: 16}  # edge of a tile, by bytes of an element; larger ones spill
 _SUMS = {2: 16384, 4: 1536, 8: 1024}  # sums of a program, likewise
+_OPTIONED = 1024  # elements of a tile whose step has options: their values need registers too
 _FIXED = 32768  # what a turn costs besides its reading, in bytes read: launching, the cell, the writes
 
 
@@ -353,7 +354,7 @@ def _tiled(q: Question) -> Config:
         return turns * (deep * (r + gates * u) * q.dtype.itemsize + _FIXED), -r * u  # alike: fewer programs
 
     sums = _SUMS[q.dtype.itemsize] if warpgroups else min(_SUMS[q.dtype.itemsize], 2048)
-    tiles = [(r, u) for r in rows for u in units if r * u * gates <= sums]
+    tiles = [(r, u) for r in rows for u in units if r * u * gates <= sums and not (q.options and r * u > _OPTIONED)]
     r, u = min(tiles, key=cost)
     depth = min({2: 64, 4: 32, 8: 16}[q.dtype.itemsize], power_of_two(deep))
     stages = 3 if q.target.kind == "cuda" else 1
