@@ -197,7 +197,7 @@ def test_what_is_shipped_says_everything_that_a_compiler_asks() -> None:
 
 def test_a_real_scan_launches_what_is_shipped() -> None:
     """The same constants as for tensors without memory."""
-    inputs = shipped._inputs("gru", torch.bfloat16, 200, 16, False, "all", "ieee")
+    inputs = shipped._inputs("gru", torch.bfloat16, 200, 16, "plain", "all", "ieee")
     _, planned = drivers.plan_forward(inputs, H200)
     real = inputs_of(Case("gru", torch.bfloat16, T=2, B=16, H=200, reverse=(False,)))
     _, launched = drivers.plan_forward(real, H200)

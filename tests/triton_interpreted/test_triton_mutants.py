@@ -97,7 +97,9 @@ MUTANTS = {
         (STEP,), "entering_of", reads_the_row_beside, Case("lstm", T=4, B=5, H=3, layout="packed", reverse=(True,)),
     ),
     "walks_all_one_way": ((SCAN, STEP), "walks_back", walks_all_one_way, Case("gru", T=3, B=3, H=3)),
-    "computes_padding": ((SCAN, STEP), "lengths_of", computes_padding, Case("rnn_tanh", T=3, B=5, H=3, layout="padded")),
+    "computes_padding": (
+        (SCAN, STEP), "lengths_of", computes_padding, Case("rnn_tanh", T=3, B=5, H=3, layout="padded"),
+    ),
     "forgets_resets_of_a_scan": (
         (SCAN,), "_d_states", forgets_resets_of_a_scan, Case("gru", T=4, B=5, H=3, reset="learned"),
     ),

@@ -1,4 +1,4 @@
-"""What the Triton scans do beyond the plain one, each option in other company from case to case, and what is refused."""
+"""What the Triton scans do beyond the plain one, options in other company from case to case, and what is refused."""
 
 from __future__ import annotations
 

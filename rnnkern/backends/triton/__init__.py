@@ -20,8 +20,8 @@ from rnnkern.backends.triton.drivers import Program, plan_backward, plan_forward
 from rnnkern.backends.triton.graphs import Steps
 from rnnkern.backends.triton.interpreter import INTERPRETED, has_bf16
 from rnnkern.backends.triton.launch import TYPES
-from rnnkern.backends.triton.options import refusals
 from rnnkern.backends.triton.lost import LOST
+from rnnkern.backends.triton.options import refusals
 from rnnkern.backends.triton.work import LONGEST_PERIOD, pattern
 from rnnkern.cells import CELLS
 

@@ -46,7 +46,6 @@ from rnnkern.backends.triton.whole_scan import (
 )
 from rnnkern.cells.triton_math import bounded
 
-
 _NUMBERS = ["T", "B", "reset_row", "reset_group", *NUMBERS]
 
 
@@ -139,7 +138,9 @@ def forward_scan(  # type: ignore[no-untyped-def]
             for g in tl.static_range(GATES):
                 gh = gh + (_product(h, weights[g], gate_bias[g], ACC, PRECISION, DIAGONAL),)
 
-        aux = auxiliary(candidate, scale_candidate, small, cell_clip, 0, n, at, j, mask, SMALLS, SMALLS, H, ACC, OPTIONS)
+        aux = auxiliary(
+            candidate, scale_candidate, small, cell_clip, 0, n, at, j, mask, SMALLS, SMALLS, H, ACC, OPTIONS
+        )
         new, activations = CELL(x, gh, entering, aux)
         if ZONES_H & OPTIONS:
             stay = staying(stay_h, share_h, at, j, mask, H, ACC, STAY_H, OPTIONS)
@@ -272,7 +273,9 @@ def backward_scan(  # type: ignore[no-untyped-def]
                 past_c = stay * dc
                 d_cell = (1.0 - stay) * dc
             dstates = dstates + (d_cell,)
-        aux = auxiliary(candidate, scale_candidate, small, cell_clip, 0, n, at, j, mask, SMALLS, SMALLS, H, ACC, OPTIONS)
+        aux = auxiliary(
+            candidate, scale_candidate, small, cell_clip, 0, n, at, j, mask, SMALLS, SMALLS, H, ACC, OPTIONS
+        )
         gates_x, gates_h, dentering, d_parameters = CELL(dstates, activations, entering, aux)
         if ZONES_H & OPTIONS:
             dentering = (dentering[0] + past_h,) + dentering[1:]

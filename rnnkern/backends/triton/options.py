@@ -1,6 +1,7 @@
-"""What a scan does beyond the plain one: masks, zoneout, bounds, elementwise parameters. Which of it, kernels are told as
-bits of one constant, so that without any they compile to the plain ones; how much of it, as numbers at run time, because
-a probability that changes from call to call must not compile anything anew.
+"""What a scan does beyond the plain one: masks, zoneout, bounds, elementwise parameters, layer norm.
+
+Which of it, kernels are told as bits of one constant, so that without any they compile to the plain ones; how much of
+it, as numbers at run time: a probability that changes from call to call must not compile anything anew.
 
 A mask is made a tensor of 0 and 1 in the storage dtype: what is narrower than h would have Triton lay out h's product
 for its width.
@@ -83,8 +84,8 @@ def refusals(spec: ScanSpec) -> list[str]:
 
 
 def word(value: float) -> int:
-    """A number as an integer that never fits 32 bits, so that launches do not differ in its type; with 50 of the 52 bits
-    of its fraction, for a table's word has room for no more."""
+    """A positive number as an integer that never fits 32 bits, so that launches do not differ in its type; with 50 of
+    the 52 bits of its fraction, for a table's word has room for no more."""
     return int(struct.unpack("<q", struct.pack("<d", value))[0]) >> 2
 
 
