@@ -30,9 +30,9 @@ BITS = (
     KEEP_H, KEEP_STEP, CANDIDATE, STAY_H, STAY_C, SHARE_H, SHARE_C, CELL_CLIP, PROJ_CLIP, GRAD_CLIP, SMALL,
     NORM_H, NORM_C,
 ) = (tl.constexpr(1 << k) for k in range(len(BITS)))  # fmt: skip
-DROPS = tl.constexpr(0b11)
-ZONES_H = tl.constexpr(0b101000)
-ZONES_C = tl.constexpr(0b1010000)
+DROPS = tl.constexpr(KEEP_H.value | KEEP_STEP.value)
+ZONES_H = tl.constexpr(STAY_H.value | SHARE_H.value)
+ZONES_C = tl.constexpr(STAY_C.value | SHARE_C.value)
 NORMS = tl.constexpr(NORM_H.value | NORM_C.value)  # what needs whole rows
 
 MASKS = {"h": "keep_h", "h_step": "keep_step", "candidate": "candidate", "zoneout_h": "stay_h", "zoneout_c": "stay_c"}

@@ -1,4 +1,4 @@
-"""The backward of a step as one launch, or two; per_step_kernels.py says how steps go together."""
+"""The backward of a step as one launch, two or three; per_step_kernels.py says how steps go together."""
 
 # mypy: disable-error-code="assignment, misc"
 # (tuples grow here, and change their type)
@@ -94,7 +94,7 @@ def _d_recurrent(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _d_product(  # type: ignore[no-untyped-def]
-    table, dgh, n, row, j, mask,
+    table, dgh, n, row, alive, j, mask,
     GATES: tl.constexpr, H: tl.constexpr, NORM: tl.constexpr, STARTS: tl.constexpr,
     STORAGE: tl.constexpr, ACC: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
@@ -109,7 +109,8 @@ def _d_product(  # type: ignore[no-untyped-def]
         gained = gained + (tl.where(mask, dgh[g] * gain[None, :], 0.0),)
     found = ()
     for k in tl.static_range(len(NORM)):
-        scale = tl.load(pointer(table, slots.NORM_SCALES, ACC, False) + row * len(NORM) + k)[:, None]
+        scale = pointer(table, slots.NORM_SCALES, ACC, False) + row * len(NORM) + k
+        scale = tl.load(scale, mask=alive, other=0.0)[:, None]
         found = found + d_normalised(gained, normed, scale, STARTS[k], NORM[k], H)
     return found
 
@@ -185,7 +186,7 @@ def _d_cell(  # type: ignore[no-untyped-def]
         if SPLIT:
             tl.store(pointer(table, slots.DGH, STORAGE, ALIGNED) + at + g * H, dgh[g].to(STORAGE), mask=mask)
     if NORM_H & OPTIONS:
-        dprod = _d_product(table, dgh, n, row * N + n, j, mask, GATES, H, NORM, STARTS, STORAGE, ACC, ALIGNED)
+        dprod = _d_product(table, dgh, n, row * N + n, alive, j, mask, GATES, H, NORM, STARTS, STORAGE, ACC, ALIGNED)
         for g in tl.static_range(GATES):
             tl.store(pointer(table, slots.DPROD, STORAGE, ALIGNED) + at + g * H, dprod[g].to(STORAGE), mask=mask)
     if MIXES_H:
@@ -219,7 +220,8 @@ def backward_step(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Launched T + 1 times, from the walk's last step to the one before its first, where only dstates are left.
 
-    With a projection it ends at dh, and `backward_cell_step` goes on from there.
+    With a projection it ends at dh, and `backward_cell_step` goes on from there; under layer norm, whose rows must be
+    whole, `backward_row_step` is what ends the step.
     """
     s, T, B, n, back, b, length = at_step(table, i, BLOCK_B, PERIOD, REVERSE, HAS_LENGTHS)
     w = T - 1 - s
@@ -277,7 +279,7 @@ def backward_cell_step(  # type: ignore[no-untyped-def]
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, OPTIONS: tl.constexpr, SMALLS: tl.constexpr,
     PEEPS: tl.constexpr, NORM: tl.constexpr, STARTS: tl.constexpr,
 ):  # fmt: skip
-    """What follows `backward_step` with a projection: dm = dh W_hr, and the cell."""
+    """What follows `backward_step` with a projection: dm = dh W_hr, and the cell, but for that under layer norm."""
     s, T, B, n, back, b, length = at_step(table, i, BLOCK_B, PERIOD, REVERSE, HAS_LENGTHS)
     w = T - 1 - s
     offsets = pointer(table, slots.OFFSETS, tl.int64, False)
@@ -317,7 +319,7 @@ def backward_row_step(  # type: ignore[no-untyped-def]
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, OPTIONS: tl.constexpr, SMALLS: tl.constexpr,
     PEEPS: tl.constexpr, NORM: tl.constexpr, STARTS: tl.constexpr,
 ):  # fmt: skip
-    """What ends a step under layer norm, which is of whole rows: the cell, and the norm of its product."""
+    """What ends a step under layer norm: the cell, and the norm of its product."""
     s, T, B, n, back, b, length = at_step(table, i, BLOCK_B, PERIOD, REVERSE, HAS_LENGTHS)
     w = T - 1 - s
     offsets = pointer(table, slots.OFFSETS, tl.int64, False)

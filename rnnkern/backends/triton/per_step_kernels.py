@@ -7,6 +7,9 @@ would where seq is kept, and there is one way of finding c and not four.
 Between reading and writing what is updated in place lies a barrier: where a tile has fewer elements than the program
 has threads, several threads read one element and one of them writes it.
 
+With a projection a second launch follows. Under layer norm the product is a launch before (`product_step`), and what
+follows it has programs that hold whole rows.
+
 Nothing about a call is an argument but the table's address and a step number, so that one recorded CUDA graph serves
 every T, every tensor and every B of the same number of tiles (graphs.py).
 """

@@ -1,5 +1,8 @@
 """The equations of lstm on tiles in Triton; they mirror reference.py line for line."""
 
+# mypy: disable-error-code="assignment"
+# (tuples grow here, and change their type)
+
 from __future__ import annotations
 
 import triton
