@@ -297,11 +297,17 @@ def _objections(name: str, inputs: ScanInputs) -> list[str]:
         return [f"device {kind}: only cuda (its interpreter runs on cpu where it is asked for by name)"]
     reason = _load(name)
     found = [reason] if reason else backend(name).unsupported(inputs)
-    if name == "triton" and not found and inputs.spec.cell not in TORCHS and not _watched():
-        from rnnkern.backends.triton.trial import trusted  # of the others, wants_torch has asked
+    if name == "triton" and not found and not _watched():
+        from rnnkern.backends.triton.options import options_of
 
-        if not trusted(inputs.gx.device, inputs.spec.cell, inputs.gx.dtype, inputs.spec.precision):
-            found = [f"its {inputs.spec.cell} failed a trial on {inputs.gx.device}, or could have none"]
+        spec, device = inputs.spec, inputs.gx.device
+        options = options_of(spec) != 0
+        if options or spec.cell not in TORCHS:  # of the others, wants_torch has asked
+            from rnnkern.backends.triton.trial import trusted
+
+            if not trusted(device, spec.cell, inputs.gx.dtype, spec.precision, options):
+                found = [f"its {spec.cell}{' with options' if options else ''} failed a trial on {device}, or could "
+                         "have none"]  # fmt: skip
     return found
 
 

@@ -57,3 +57,80 @@ def d_relu(d, y):  # type: ignore[no-untyped-def]
 def zeros_like(x):  # type: ignore[no-untyped-def]
     """Zeros laid out as x; tl.zeros_like knows no layouts, which are part of a tile's type in Gluon."""
     return tl.where(x == x, 0.0, 0.0).to(x.dtype)
+
+
+# ---- what a step does beyond the plain one ---------------------------------------------------------------------------
+#
+# `aux` is a tuple of tuples, each empty where there is nothing of it, so that a plain step is the plain equations:
+#   0  (what the candidate is multiplied by,)
+#   1  (the peepholes in the cell's order)
+#   2  (the bound of c,)
+#   3  (gain and shift of c's layer norm, which columns there are, their number, eps)
+
+
+@triton.jit
+def bounded(x, bound):  # type: ignore[no-untyped-def]
+    return tl.where(x > bound, bound, tl.where(x < -bound, -bound, x))  # this way round NaN stays
+
+
+@triton.jit
+def d_bounded(d, x, bound):  # type: ignore[no-untyped-def]
+    """The gradient at x of bounded(x, bound); NaN lies outside of every bound."""
+    return tl.where(tl.abs(x) <= bound, d, 0.0)
+
+
+@triton.jit
+def kept(candidate, aux):  # type: ignore[no-untyped-def]
+    return candidate * aux[0][0] if len(aux[0]) else candidate
+
+
+@triton.jit
+def peeped(gate, aux, k: tl.constexpr, c):  # type: ignore[no-untyped-def]
+    """`gate` as it sees c through the k-th peephole."""
+    return gate + aux[1][k] * c if len(aux[1]) else gate
+
+
+@triton.jit
+def d_peeped(d, aux, k: tl.constexpr, d_gate):  # type: ignore[no-untyped-def]
+    """The gradient at c, from `d` of its other ways and that of the gate."""
+    return d + aux[1][k] * d_gate if len(aux[1]) else d
+
+
+@triton.jit
+def normalise(v, inside, count, eps):  # type: ignore[no-untyped-def]
+    """Layer norm of rows without its gain, of the `count` columns that are `inside`; and what it multiplied by."""
+    mean = tl.sum(tl.where(inside, v, 0.0), 1)[:, None] / count
+    centred = tl.where(inside, v - mean, 0.0)
+    scale = tl.rsqrt(tl.sum(centred * centred, 1)[:, None] / count + eps)
+    return centred * scale, scale
+
+
+@triton.jit
+def normed(c, aux):  # type: ignore[no-untyped-def]
+    if len(aux[3]):
+        return normalise(c, aux[3][2], aux[3][3], aux[3][4])[0] * aux[3][0] + aux[3][1]
+    else:
+        return c
+
+
+@triton.jit
+def d_normed(d, c, aux):  # type: ignore[no-untyped-def]
+    """The gradient at c from that at normed(c), and those of gain and shift in a tuple."""
+    if len(aux[3]):
+        y, scale = normalise(c, aux[3][2], aux[3][3], aux[3][4])
+        gained = tl.where(aux[3][2], d * aux[3][0], 0.0)
+        mean = tl.sum(gained, 1)[:, None] / aux[3][3]
+        slope = tl.sum(gained * y, 1)[:, None] / aux[3][3]
+        return scale * (gained - mean - y * slope), (d * y, d)
+    else:
+        return d, ()
+
+
+@triton.jit
+def clipped(c, aux):  # type: ignore[no-untyped-def]
+    return bounded(c, aux[2][0]) if len(aux[2]) else c
+
+
+@triton.jit
+def d_clipped(d, raw, aux):  # type: ignore[no-untyped-def]
+    return d_bounded(d, raw, aux[2][0]) if len(aux[2]) else d

@@ -190,14 +190,14 @@ def test_what_is_shipped_says_everything_that_a_compiler_asks() -> None:
         names.add(kernel.kernel.__name__)
     assert names == {
         "forward_scan", "backward_scan", "forward_step", "project_step", "backward_step", "backward_cell_step",
-        "forward_together", "backward_together",
+        "product_step", "backward_row_step", "forward_together", "backward_together",
         "write_table", "advance",
     }  # fmt: skip
 
 
 def test_a_real_scan_launches_what_is_shipped() -> None:
     """The same constants as for tensors without memory."""
-    inputs = shipped._inputs("gru", torch.bfloat16, 200, 16, False, "all", "ieee")
+    inputs = shipped._inputs("gru", torch.bfloat16, 200, 16, "plain", "all", "ieee")
     _, planned = drivers.plan_forward(inputs, H200)
     real = inputs_of(Case("gru", torch.bfloat16, T=2, B=16, H=200, reverse=(False,)))
     _, launched = drivers.plan_forward(real, H200)

@@ -83,10 +83,25 @@ def test_modules_give_what_torch_gives(kind: str, dtype: torch.dtype, packed: bo
     check_grad(grads, expected_grads, truth_grads, kind, dtype)
 
 
-@pytest.mark.parametrize("kind", ["RNN", "GRU", "LSTM"])
+BEYOND: dict[str, dict[str, Any]] = {
+    "RNN": {},
+    "GRU": {},
+    "LSTM": {},
+    "RNN with options": {"zoneout": 0.2, "recurrent_dropout": 0.3, "recurrent_dropout_mode": "step"},
+    "GRU with options": {"layer_norm": True, "recurrent_dropout": 0.3, "recurrent_dropout_mode": "candidate"},
+    "LSTM with options": {
+        "zoneout": (0.1, 0.2), "recurrent_dropout": 0.3, "layer_norm": True, "peephole": True, "cell_clip": 2.0,
+        "grad_clip": 4.0,
+    },
+    "IndRNN": {"recurrent_dropout": 0.3},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BEYOND)
 def test_what_torch_does_not_have(kind: str) -> None:
-    """Lengths, resets and all states, against the reference."""
-    ours, _, x, _ = given(kind, torch.float32, 2, True)
+    """Options, lengths, resets and all states, against the reference."""
+    ours = getattr(rnnkern, kind.partition(" ")[0])(I, H, 2, bidirectional=True, **BEYOND[kind])
+    x = torch.randn(T, B, I, requires_grad=True)
     lengths, reset = [4, 0, 2], torch.rand(T, B) < 0.3
     found = []
     for name, module, value in (
@@ -94,6 +109,7 @@ def test_what_torch_does_not_have(kind: str) -> None:
         ("reference", ours, x),
         ("reference", copy.deepcopy(ours).double(), wide(x)),
     ):
+        torch.manual_seed(4)
         with rnnkern.use_backend(name):
             y, final, states = module(value, lengths=lengths, reset=reset, return_states=True)
             outputs = flat([y, final, states])

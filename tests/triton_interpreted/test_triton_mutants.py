@@ -11,15 +11,15 @@ import triton.language as tl
 from scans import Case, compare, gradients_of, inputs_of
 
 from rnnkern import dispatch
-from rnnkern.backends.triton import batch_parallel_kernels, per_step_kernels
+from rnnkern.backends.triton import batch_parallel_kernels, per_step_backward, per_step_kernels, per_step_parts
 from rnnkern.backends.triton.cells import STEPS
 from rnnkern.cells.gru import triton_step as gru
 
 
 @triton.jit
-def gru_shares_its_gate_gradients(dstates, planes, states):  # type: ignore[no-untyped-def]
-    dgx, dgh, dentering = gru.step_backward(dstates, planes, states)
-    return dgx, dgx, dentering
+def gru_shares_its_gate_gradients(dstates, planes, states, aux):  # type: ignore[no-untyped-def]
+    dgx, dgh, dentering, small = gru.step_backward(dstates, planes, states, aux)
+    return dgx, dgx, dentering, small
 
 
 @triton.jit
@@ -32,9 +32,9 @@ def computes_padding(b, B, T, lengths, HAS_LENGTHS: tl.constexpr):  # type: igno
     return tl.where(b < B, T, 0)
 
 
-_entering = per_step_kernels._entering
+_entering = per_step_parts.entering_of
 _d_states = batch_parallel_kernels._d_states
-_d_recurrent = per_step_kernels._d_recurrent
+_d_recurrent = per_step_backward._d_recurrent
 
 
 @triton.jit
@@ -68,12 +68,13 @@ def reads_the_row_beside(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def forgets_resets_of_a_scan(  # type: ignore[no-untyped-def]
-    pending, weights, carry, d_restart, came, was_reset,
-    GATES: tl.constexpr, HAS_RESET: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    pending, weights, carry, d_restart, came, was_reset, factor, bound,
+    GATES: tl.constexpr, HAS_RESET: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, DIAGONAL: tl.constexpr,
 ):  # fmt: skip
     return _d_states(
-        pending, weights, carry, d_restart, came, was_reset & (was_reset == 0), GATES, HAS_RESET, ACC, PRECISION
-    )
+        pending, weights, carry, d_restart, came, was_reset & (was_reset == 0), factor, bound,
+        GATES, HAS_RESET, ACC, PRECISION, DIAGONAL,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -82,26 +83,28 @@ def forgets_resets_of_a_step(  # type: ignore[no-untyped-def]
     GATES: tl.constexpr, MIXES_H: tl.constexpr, H: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
     HAS_RESET: tl.constexpr, HAS_RESTART: tl.constexpr, STORAGE: tl.constexpr, ACC: tl.constexpr,
     PRECISION: tl.constexpr, ALIGNED: tl.constexpr, DY_ALIGNED: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, OPTIONS: tl.constexpr, DIAGONAL: tl.constexpr,
 ):  # fmt: skip
     return _d_recurrent(
         table, row, alive, after, came, n, b, B, p, GATES, MIXES_H, H, P, N, False, False, STORAGE, ACC, PRECISION,
-        ALIGNED, DY_ALIGNED, BLOCK_B, BLOCK_H, BLOCK_K,
+        ALIGNED, DY_ALIGNED, BLOCK_B, BLOCK_H, BLOCK_K, OPTIONS, DIAGONAL,
     )  # fmt: skip
 
 
-BOTH = (batch_parallel_kernels, per_step_kernels)
+SCAN, STEP = (batch_parallel_kernels,), (per_step_parts, per_step_kernels, per_step_backward)  # a driver's modules
 MUTANTS = {
     "reads_the_row_beside": (
-        BOTH[1:], "_entering", reads_the_row_beside, Case("lstm", T=4, B=5, H=3, layout="packed", reverse=(True,)),
+        (STEP,), "entering_of", reads_the_row_beside, Case("lstm", T=4, B=5, H=3, layout="packed", reverse=(True,)),
     ),
-    "walks_all_one_way": (BOTH, "walks_back", walks_all_one_way, Case("gru", T=3, B=3, H=3)),
-    "computes_padding": (BOTH, "lengths_of", computes_padding, Case("rnn_tanh", T=3, B=5, H=3, layout="padded")),
+    "walks_all_one_way": ((SCAN, STEP), "walks_back", walks_all_one_way, Case("gru", T=3, B=3, H=3)),
+    "computes_padding": (
+        (SCAN, STEP), "lengths_of", computes_padding, Case("rnn_tanh", T=3, B=5, H=3, layout="padded"),
+    ),
     "forgets_resets_of_a_scan": (
-        BOTH[:1], "_d_states", forgets_resets_of_a_scan, Case("gru", T=4, B=5, H=3, reset="learned"),
+        (SCAN,), "_d_states", forgets_resets_of_a_scan, Case("gru", T=4, B=5, H=3, reset="learned"),
     ),
     "forgets_resets_of_a_step": (
-        BOTH[1:], "_d_recurrent", forgets_resets_of_a_step, Case("gru", T=4, B=5, H=3, reset="learned"),
+        (STEP,), "_d_recurrent", forgets_resets_of_a_step, Case("gru", T=4, B=5, H=3, reset="learned"),
     ),
 }  # fmt: skip
 
@@ -113,13 +116,15 @@ def judge(case: Case) -> None:
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    modules, function, mutant, case = MUTANTS[name]
-    for module in modules:
-        driver = "batch_parallel" if module is batch_parallel_kernels else "per_step"
+    drivers, function, mutant, case = MUTANTS[name]
+    for modules in drivers:
+        driver = "batch_parallel" if modules is SCAN else "per_step"
         monkeypatch.setenv("RNNKERN_TRITON_CONFIG", f"driver={driver}")
         judge(case)
         with monkeypatch.context() as patch:
-            patch.setattr(module, function, mutant)
+            for module in modules:
+                if hasattr(module, function):
+                    patch.setattr(module, function, mutant)
             with pytest.raises(AssertionError, match=r"error|cosine|L2|truth"):
                 judge(case)
 

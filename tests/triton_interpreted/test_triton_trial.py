@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import warnings
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from cooperative import together
 from scans import DTYPES
 
 from rnnkern import _cuda, dispatch
-from rnnkern.backends.base import ScanGrads, ScanInputs, ScanOutputs
+from rnnkern.backends.base import ScanGrads, ScanInputs, ScanOutputs, ScanSpec
 from rnnkern.backends.triton import config, drivers, trial
 from rnnkern.backends.triton.cells import STEPS
 
@@ -40,6 +42,14 @@ def test_right_kernels_pass(cell: str, dtype: torch.dtype, monkeypatch: pytest.M
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         assert trial.trusted(CPU, cell, dtype, "ieee")
+
+
+@pytest.mark.parametrize(("cell", "dtype"), [("lstm", torch.float32), ("gru", torch.bfloat16)], ids=str)
+def test_right_kernels_with_options_pass(cell: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "WIDTHS", (5, 17))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        assert trial.trusted(CPU, cell, dtype, "ieee", options=True)
 
 
 def test_both_drivers_are_tried() -> None:
@@ -142,6 +152,25 @@ def test_automatic_choice_asks_the_model_and_the_trial(monkeypatch: pytest.Monke
         assert dispatch.wants_torch(device, torch.bfloat16, "lstm", B, False, T, replace_sizes(sizes, H))
     assert dispatch.wants_torch(device, torch.bfloat16, "lstm_cell", 64, False, 1)
     assert len(asked) == 2
+
+
+def test_options_have_a_trial_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of plain scans of torch's cells the call has asked already."""
+    asked = []
+
+    def trusted(*kind: object) -> bool:
+        asked.append(kind)
+        return False
+
+    monkeypatch.setattr(trial, "trusted", trusted)
+    monkeypatch.setattr(dispatch, "backend", lambda name: SimpleNamespace(unsupported=lambda inputs: []))
+    gx = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float32)
+    plain = ScanSpec("lstm", (False,), ("w_hh",))
+    assert dispatch._objections("triton", SimpleNamespace(spec=plain, gx=gx)) == []  # type: ignore[arg-type]
+    clipped = SimpleNamespace(spec=dataclasses.replace(plain, grad_clip=1.0), gx=gx)
+    (why,) = dispatch._objections("triton", clipped)  # type: ignore[arg-type]
+    assert "its lstm with options failed a trial" in why
+    assert asked == [(gx.device, "lstm", torch.float32, "ieee", True)]
 
 
 def replace_sizes(sizes: dispatch.Sizes, H: int) -> dispatch.Sizes:

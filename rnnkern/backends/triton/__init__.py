@@ -21,11 +21,10 @@ from rnnkern.backends.triton.graphs import Steps
 from rnnkern.backends.triton.interpreter import INTERPRETED, has_bf16
 from rnnkern.backends.triton.launch import TYPES
 from rnnkern.backends.triton.lost import LOST
+from rnnkern.backends.triton.options import refusals
 from rnnkern.backends.triton.work import LONGEST_PERIOD, pattern
 from rnnkern.cells import CELLS
 
-_PARAMS = ("w_hh", "b_hh", "w_hr")
-_UNDONE = ("zoneout", "cell_clip", "proj_clip", "grad_clip")
 _GROUPS = 65535  # programs along the third axis of a grid
 
 
@@ -40,11 +39,9 @@ class Triton:
         reasons = _where(gx)
         if spec.cell not in STEPS:
             return [*reasons, f"cell {spec.cell}: only {', '.join(STEPS)}"]
-        reasons += [f"parameter {p}" for p in spec.params if p not in _PARAMS]
-        reasons += [f"mask {m}" for m in spec.noise]
-        if CELLS[spec.cell].mixes_h and "w_hr" in spec.params:
+        reasons += refusals(spec)
+        if "w_hr" in spec.params and (CELLS[spec.cell].mixes_h or not CELLS[spec.cell].dense):
             reasons.append(f"a projected {spec.cell}: its step reads h at full width")
-        reasons += [word for word in _UNDONE if getattr(spec, word) not in (0.0, (0.0, 0.0))]
         if len(spec.reverse) > _GROUPS:
             reasons.append(f"{len(spec.reverse)} groups: at most {_GROUPS}")
         period, _ = pattern(spec.reverse)
@@ -80,6 +77,8 @@ class Triton:
             LOST.check(inputs.gx.device)
             grads, program = plan_backward(inputs, outputs, dy, dfinal, dseq, target_of(inputs.gx.device), driver)
             self.run(program, inputs.gx.device)
+            if program.small is not None:
+                grads.dsmall = program.small()
             grads.dreset_states = tuple(
                 d.to(s.dtype) for d, s in zip(grads.dreset_states, inputs.reset_states, strict=True)
             )

@@ -12,8 +12,8 @@ from rnnkern.cells.rnn import triton_step as rnn
 
 
 class TritonCell(NamedTuple):
-    step: Any  # (gx, gh, entering states) -> (new states, planes), tuples of tiles in the accumulation dtype
-    step_backward: Any  # (dstates, planes, entering states) -> (dgx, dgh, dentering)
+    step: Any  # (gx, gh, entering states, aux) -> (new states, planes), tuples of tiles in the accumulation dtype
+    step_backward: Any  # (dstates, planes, entering states, aux) -> (dgx, dgh, dentering, dsmall)
 
 
 STEPS = {
@@ -23,4 +23,6 @@ STEPS = {
     "gru": TritonCell(gru.step, gru.step_backward),
     "mgu": TritonCell(mgu.step, mgu.step_backward),
     "ligru": TritonCell(ligru.step, ligru.step_backward),
+    "indrnn_tanh": TritonCell(rnn.tanh_step, rnn.tanh_step_backward),
+    "indrnn_relu": TritonCell(rnn.relu_step, rnn.relu_step_backward),
 }

@@ -19,6 +19,7 @@ import torch
 
 from rnnkern._cuda import batch_parallel_h
 from rnnkern.backends.triton.gluon_shim import unavailable
+from rnnkern.backends.triton.options import NORMS, has
 
 DRIVERS = ("batch_parallel", "per_step", "persistent", "gluon")
 TOGETHER = ("persistent", "gluon")  # those whose programs wait for each other
@@ -33,6 +34,7 @@ _BOUNDS = {"block_b": (4, 64), "block_h": (8, 64), "block_k": (16, 4096)}  # lea
 _TILES = (16, 32, 64)
 _LARGEST = {2: 32, 4: 32, 8: 16}  # edge of a tile, by bytes of an element; larger ones spill
 _SUMS = {2: 16384, 4: 1536, 8: 1024}  # sums of a program, likewise
+_OPTIONED = 1024  # elements of a tile whose step has options: their values need registers too
 _FIXED = 32768  # what a turn costs besides its reading, in bytes read: launching, the cell, the writes
 
 
@@ -72,7 +74,7 @@ def target_of(device: torch.device) -> Target:
 class Config:
     driver: str
     block_b: int  # batch rows of a program
-    block_h: int  # units of a program (batch_parallel: all of them)
+    block_h: int  # units of a program (batch_parallel: all of them, but with a diagonal recurrence)
     block_k: int  # width of a slice of the product (batch_parallel: all of it; TOGETHER: what is awaited at once)
     warps: int
     stages: int
@@ -112,6 +114,8 @@ class Question:
     project: bool
     target: Target
     exact: bool = False  # fp32 in three products of TF32
+    options: int = 0  # masks and the like (options.py)
+    dense: bool = True  # a recurrence with a product
 
 
 def precision(asked: str, dtype: torch.dtype, target: Target) -> str:
@@ -131,7 +135,7 @@ def choose(question: Question, driver: str | None = None) -> Config:
     """
     asked = parse(os.environ.get(VARIABLE, ""))
     driver = asked.get("driver", driver)
-    found = look_up(shipped_table(), question)
+    found = None if question.options else look_up(shipped_table(), question)  # measured without
     if found is None or (driver is not None and driver != found.driver):
         found = model(question, driver)
     if not asked:
@@ -140,7 +144,7 @@ def choose(question: Question, driver: str | None = None) -> Config:
         found = replace(found, **asked)
     except ValueError as error:
         raise ValueError(f"{VARIABLE}: {error}") from None
-    if found.driver == "batch_parallel" and asked.get("block_h", question.H) < question.H:
+    if found.driver == "batch_parallel" and question.dense and asked.get("block_h", question.H) < question.H:
         raise ValueError(f"{VARIABLE}: block_h={found.block_h}: batch_parallel takes all of H={question.H} in one tile")
     return found
 
@@ -168,10 +172,22 @@ def fits_batch_parallel(question: Question) -> str:
     """Why the batch-parallel driver cannot do it, or nothing."""
     if question.project:
         return "a projection (batch_parallel has no second product; per_step does it)"
+    if has(question.options, NORMS):
+        return "layer norm (batch_parallel is without; per_step does it)"
+    if not question.dense:
+        return ""
     backward, hip = question.direction == "backward", question.target.kind == "hip"
     most = batch_parallel_h(question.gates, question.dtype, backward, hip)
     if question.H > most:
         return f"H={question.H} (batch_parallel holds all weights in one program: up to H={most} in {question.dtype})"
+    return ""
+
+
+def fits_per_step(q: Question) -> str:
+    """Why the per-step driver cannot do it, or nothing."""
+    most = 2048 if q.dtype.itemsize < 8 else 1024
+    if has(q.options, NORMS) and q.H > most:
+        return f"layer norm with H={q.H} (a program holds whole rows: up to H={most} in {q.dtype})"
     return ""
 
 
@@ -204,12 +220,16 @@ def awaited(q: Question, config: Config) -> tuple[int, ...]:
 def fits_together(q: Question, config: Config) -> str:
     """Why the persistent driver, or its twin in Gluon, cannot do it so, or nothing."""
     name = config.driver
+    if not q.dense:
+        return f"a diagonal recurrence ({name} is for products; batch_parallel does it)"
     if q.target.kind == "hip":
         return f"{q.target.name} ({name} programs hand values over by instructions of NVIDIA's)"
     if q.target.arch < 80:
         return f"{q.target.name} ({name} is for sm_80 and later)"
     if q.project:
         return f"a projection ({name} has no second product; per_step does it)"
+    if q.options:
+        return f"masks, zoneout, bounds and elementwise parameters ({name} has plain scans; the other drivers do them)"
     if q.dtype == torch.float64:
         return f"torch.float64 ({name} holds all weights on the chip; per_step does it)"
     if name == "gluon" and q.exact:
@@ -224,12 +244,14 @@ def fits_together(q: Question, config: Config) -> str:
 
 
 def misfit(q: Question, config: Config) -> str:
-    """Why the driver cannot do it so, or nothing; per_step can do everything."""
+    """Why the driver cannot do it so, or nothing."""
     if config.driver == "batch_parallel":
         return fits_batch_parallel(q)
+    if config.driver == "per_step":
+        return fits_per_step(q)
     if config.driver == "gluon" and (why := unavailable()):
         return why
-    return fits_together(q, config) if config.driver in TOGETHER else ""
+    return fits_together(q, config)
 
 
 def suits_together(q: Question, driver: str) -> bool:
@@ -307,6 +329,8 @@ def model(q: Question, driver: str | None = None) -> Config:
 
 def _whole(q: Question) -> Config:
     """Few rows: products of 4 rows take as long as those of 16, what is done with them does not."""
+    if not q.dense:  # a warp's rows lie in whole lines of the cache
+        return Config("batch_parallel", 4, min(128 // q.dtype.itemsize, power_of_two(q.H)), 16, 1, 1)
     H = min(256, power_of_two(q.H))  # `fits_batch_parallel` says that larger ones do not fit
     if q.target.kind == "hip":
         return Config("batch_parallel", 16, H, H, 4, 1)
@@ -330,7 +354,7 @@ def _tiled(q: Question) -> Config:
         return turns * (deep * (r + gates * u) * q.dtype.itemsize + _FIXED), -r * u  # alike: fewer programs
 
     sums = _SUMS[q.dtype.itemsize] if warpgroups else min(_SUMS[q.dtype.itemsize], 2048)
-    tiles = [(r, u) for r in rows for u in units if r * u * gates <= sums]
+    tiles = [(r, u) for r in rows for u in units if r * u * gates <= sums and not (q.options and r * u > _OPTIONED)]
     r, u = min(tiles, key=cost)
     depth = min({2: 64, 4: 32, 8: 16}[q.dtype.itemsize], power_of_two(deep))
     stages = 3 if q.target.kind == "cuda" else 1

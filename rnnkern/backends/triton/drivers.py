@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -10,12 +12,24 @@ from torch import Tensor
 
 from rnnkern.backends.base import ScanGrads, ScanInputs, ScanOutputs
 from rnnkern.backends.triton import batch_parallel_kernels as whole
+from rnnkern.backends.triton import per_step_backward as single_backward
 from rnnkern.backends.triton import per_step_kernels as single
 from rnnkern.backends.triton import persistent_kernels
-from rnnkern.backends.triton.config import TOGETHER, Config, Question, Target, awaited, choose, handed_over, precision
+from rnnkern.backends.triton.config import (
+    TOGETHER,
+    Config,
+    Question,
+    Target,
+    awaited,
+    choose,
+    handed_over,
+    power_of_two,
+    precision,
+)
 from rnnkern.backends.triton.interpreter import INTERPRETED
 from rnnkern.backends.triton.launch import Launch, launch
 from rnnkern.backends.triton.lost import LOST
+from rnnkern.backends.triton.options import options_of
 from rnnkern.backends.triton.slots import NAMES
 from rnnkern.backends.triton.work import Work
 from rnnkern.cells import CELLS
@@ -34,6 +48,7 @@ class Program(NamedTuple):
     steps: int = 1
     words: dict[str, Tensor | int] | None = None
     waits: bool = False  # whether programs wait for each other
+    small: Callable[[], tuple[tuple[Tensor, ...], ...]] | None = None  # of a backward, when all has run: `dsmall`
 
 
 def question(inputs: ScanInputs, direction: str, target: Target) -> Question:
@@ -42,7 +57,10 @@ def question(inputs: ScanInputs, direction: str, target: Target) -> Question:
     H, P = width // gates, inputs.states[0].shape[2]
     dtype, project = inputs.gx.dtype, "w_hr" in spec.params
     exact = precision(spec.precision, dtype, target) == "tf32x3"
-    return Question(spec.cell, gates, dtype, direction, inputs.B, H, P, N, project, target, exact)
+    dense = CELLS[spec.cell].dense
+    return Question(
+        spec.cell, gates, dtype, direction, inputs.B, H, P, N, project, target, exact, options_of(spec), dense
+    )
 
 
 def plan_forward(inputs: ScanInputs, target: Target, driver: str | None = None) -> tuple[ScanOutputs, Program]:
@@ -60,8 +78,14 @@ def plan_forward(inputs: ScanInputs, target: Target, driver: str | None = None) 
     if work.project:
         saved = out.hidden if out.hidden.numel() else _scratch(work, work.H, work.dtype)
         work.arguments["hidden"] = saved
+    if work.rows:
+        work.arguments["product"] = _scratch(work, len(work.cell.gates) * work.H, work.acc)
     table = _table(work)
-    launches = [_single(work, single.forward_step, config, work.H)]
+    if work.rows:
+        launches = [_single(work, single.product_step, config, len(work.cell.gates) * work.H)]
+        launches.append(_of_rows(work, single.forward_step, config))
+    else:
+        launches = [_single(work, single.forward_step, config, work.H)]
     if work.project:
         launches.append(_single(work, single.project_step, config, work.P))
     return out, Program(tuple(launches), inputs.T, table)
@@ -79,25 +103,29 @@ def plan_backward(
     work = Work(inputs, target)
     grads = work.gradients(outputs, dy, dfinal, dseq)
     if work.nothing:
-        return grads, Program(())
+        return grads, Program((), small=work.of_small)
     asked = question(inputs, "backward", target)
     config = choose(asked, driver)
     if config.driver == "batch_parallel":
-        return grads, _whole(work, whole.backward_scan, config)
+        return grads, _whole(work, whole.backward_scan, config)._replace(small=work.of_small)
     if config.driver in TOGETHER:
         work.to_be_awaited(work.arguments["dgh"])
         return grads, _sliced(work, asked, config, ("dgh",))
-    if work.cell.mixes_h:
-        work.arguments["carry"] = _scratch(work, work.H, work.acc)
+    if work.mixes_h:
+        work.arguments["carry"] = _scratch(work, work.P, work.acc)
     if grads.dreset_states and work.acc != work.dtype:  # a sum over steps is made in the accumulation dtype
         wide = torch.zeros_like(grads.dreset_states[0], dtype=work.acc)
         grads.dreset_states = (wide, *grads.dreset_states[1:])
         work.arguments["drestart_h"] = wide
+    if work.rows:
+        work.arguments["dhidden"] = _scratch(work, work.H, work.acc)
     table = _table(work)
-    launches = [_single(work, single.backward_step, config, work.P)]
+    launches = [_single(work, single_backward.backward_step, config, work.P)]
     if work.project:
-        launches.append(_single(work, single.backward_cell_step, config, work.H))
-    return grads, Program(tuple(launches), inputs.T + 1, table)
+        launches.append(_single(work, single_backward.backward_cell_step, config, work.H))
+    if work.rows:
+        launches.append(_of_rows(work, single_backward.backward_row_step, config))
+    return grads, Program(tuple(launches), inputs.T + 1, table, small=work.of_small)
 
 
 def _scratch(work: Work, width: int, dtype: torch.dtype) -> Tensor:
@@ -106,7 +134,7 @@ def _scratch(work: Work, width: int, dtype: torch.dtype) -> Tensor:
 
 def _whole(work: Work, kernel: object, config: Config) -> Program:
     constants = work.constants | {"CELL": _cell(work, kernel), "BLOCK_B": config.block_b, "BLOCK_H": config.block_h}
-    grid = (-(-work.inputs.B // config.block_b), 1, work.N)
+    grid = (-(-work.inputs.B // config.block_b), 1 if work.cell.dense else -(-work.H // config.block_h), work.N)
     return Program((launch(kernel, grid, config.options(work.target), constants, work.arguments),))
 
 
@@ -155,6 +183,17 @@ def _single(work: Work, kernel: object, config: Config, width: int) -> Launch:
     tiles = {"BLOCK_B": config.block_b, "BLOCK_H": config.block_h, "BLOCK_K": config.block_k}
     grid = (-(-work.inputs.B // config.block_b), -(-width // config.block_h), work.N)
     return launch(kernel, grid, config.options(work.target), work.constants | {"CELL": _cell(work, kernel)} | tiles)
+
+
+def _of_rows(work: Work, kernel: object, config: Config) -> Launch:
+    """Of programs that hold whole rows."""
+    width = power_of_two(work.H)
+    rows = max(1, 512 // width)
+    warps = max(4, width // 128)
+    tiles = {"BLOCK_B": rows, "BLOCK_H": width, "BLOCK_K": 16}
+    grid = (-(-work.inputs.B // rows), 1, work.N)
+    options = replace(config, warps=warps, stages=1).options(work.target)
+    return launch(kernel, grid, options, work.constants | {"CELL": _cell(work, kernel)} | tiles)
 
 
 def _cell(work: Work, kernel: Any) -> object:

@@ -51,7 +51,8 @@ class Launch:
             elif isinstance(value, Tensor):
                 found[name] = _NAMES[value.dtype]
             else:
-                found[name] = "*i64" if name == "table" else "i32"
+                large = type(value) is int and not -(1 << 31) <= value < 1 << 31
+                found[name] = "*i64" if name == "table" else "i64" if large else "i32"
         return found
 
     def compiled_constants(self) -> dict[str, Any]:

@@ -7,6 +7,9 @@ would where seq is kept, and there is one way of finding c and not four.
 Between reading and writing what is updated in place lies a barrier: where a tile has fewer elements than the program
 has threads, several threads read one element and one of them writes it.
 
+With a projection a second launch follows. Under layer norm the product is a launch before (`product_step`), and what
+follows it has programs that hold whole rows.
+
 Nothing about a call is an argument but the table's address and a step number, so that one recorded CUDA graph serves
 every T, every tensor and every B of the same number of tiles (graphs.py).
 """
@@ -20,54 +23,140 @@ import triton
 import triton.language as tl
 
 from rnnkern.backends.triton import slots
-from rnnkern.backends.triton.places import lengths_of, locate, walks_back
+from rnnkern.backends.triton.options import (
+    DROPS,
+    NORM_H,
+    NORMS,
+    PROJ_CLIP,
+    STAY_C,
+    STAY_H,
+    ZONES_C,
+    ZONES_H,
+    mixed,
+    normalised,
+)
+from rnnkern.backends.triton.per_step_parts import (
+    at_step,
+    auxiliary_of,
+    bias_tiles,
+    dropped_of,
+    entering_of,
+    number_of,
+    resets_of,
+    staying_of,
+)
+from rnnkern.backends.triton.places import locate
 from rnnkern.backends.triton.slots import pointer, stride
+from rnnkern.cells.triton_math import bounded
 
 
 @triton.jit
-def _start(table, i, BLOCK_B: tl.constexpr, PERIOD: tl.constexpr, REVERSE: tl.constexpr, HAS_LENGTHS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """This program's step of the walk, group and rows: (s, T, B, n, back, b, length)."""
-    T = tl.load(table + slots.STEPS)
-    B = tl.load(table + slots.BATCH)
-    n = tl.program_id(2).to(tl.int64)
-    b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    length = lengths_of(b, B, T, pointer(table, slots.LENGTHS, tl.int64, False), HAS_LENGTHS)
-    return tl.load(table + slots.STEP) + i, T, B, n, walks_back(n, PERIOD, REVERSE), b, length
-
-
-@triton.jit
-def _resets(table, row, n, alive, HAS_RESET: tl.constexpr):  # type: ignore[no-untyped-def]
-    """[BLOCK_B] which rows' entering states are replaced."""
-    if HAS_RESET:
-        at = row * tl.load(table + slots.RESET_ROW) + n * tl.load(table + slots.RESET_GROUP)
-        return tl.load(pointer(table, slots.RESET, tl.int32, False) + at, mask=alive, other=0) != 0
-    else:
-        return row < 0
-
-
-@triton.jit
-def _entering(  # type: ignore[no-untyped-def]
-    table, row, alive, before, went, n, b, B,
-    WIDTH: tl.constexpr, N: tl.constexpr, FIRST: tl.constexpr, RESTART: tl.constexpr, WRITTEN: tl.constexpr,
-    TYPE: tl.constexpr, HAS_RESET: tl.constexpr, HAS_RESTART: tl.constexpr, ALIGNED: tl.constexpr,
+def _gates(  # type: ignore[no-untyped-def]
+    table, source, read, at, own, n, j,
+    GATES: tl.constexpr, H: tl.constexpr, P: tl.constexpr, HAS_BIAS: tl.constexpr, STORAGE: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, OPTIONS: tl.constexpr, DIAGONAL: tl.constexpr,
 ):  # fmt: skip
-    """([BLOCK_B] pointers to the rows of the state that enters, [BLOCK_B] which are to be read; the others are 0).
+    """h W_hh^T and its bias, a tile for each gate; or h times the weights of a diagonal recurrence."""
+    gh = ()
+    if DROPS & OPTIONS:
+        for _ in tl.static_range(GATES):
+            gh = gh + (tl.zeros((BLOCK_B, BLOCK_H), ACC),)
+    else:
+        gh = bias_tiles(table, n, j, BLOCK_B, BLOCK_H, GATES, H, HAS_BIAS, STORAGE, ACC, ALIGNED)
+    if DIAGONAL:
+        u = j % P  # of the units, where j goes over those of several gates
+        there = read[:, None] & (j < H)[None, :]
+        h = tl.load(source[:, None] + u[None, :], mask=there, other=0.0).to(ACC)
+        if DROPS & OPTIONS:
+            h = dropped_of(table, h, own, at, u, there, P, STORAGE, ACC, ALIGNED, OPTIONS)
+        sums = ()
+        for g in tl.static_range(GATES):
+            wg = pointer(table, slots.W, STORAGE, ALIGNED) + (n * GATES + g) * H + j
+            sums = sums + (gh[g] + h * tl.load(wg, mask=j < H, other=0.0).to(ACC)[None, :],)
+        gh = sums
+    else:
+        weights = pointer(table, slots.W, STORAGE, ALIGNED) + n * (GATES * H * P)
+        for k in range(0, P, BLOCK_K):
+            kk = k + tl.arange(0, BLOCK_K)
+            there = read[:, None] & (kk < P)[None, :]
+            h = tl.load(source[:, None] + kk[None, :], mask=there, other=0.0)
+            if DROPS & OPTIONS:
+                h = dropped_of(table, h, own, at, kk, there, P, STORAGE, ACC, ALIGNED, OPTIONS).to(STORAGE)
+            wk = weights + j[None, :] * P + kk[:, None]
+            inside = (kk < P)[:, None] & (j < H)[None, :]
+            sums = ()
+            for g in tl.static_range(GATES):
+                wg = tl.load(wk + g * H * P, mask=inside, other=0.0)
+                sums = sums + (tl.dot(h, wg, gh[g], input_precision=PRECISION, out_dtype=ACC),)
+            gh = sums
+    if DROPS & OPTIONS:
+        start = bias_tiles(table, n, j, BLOCK_B, BLOCK_H, GATES, H, HAS_BIAS, STORAGE, ACC, ALIGNED)
+        scale = number_of(table, slots.SCALE_H, ACC)
+        sums = ()
+        for g in tl.static_range(GATES):
+            sums = sums + (gh[g] * scale + start[g],)
+        gh = sums
+    return gh
 
-    The row `before` where there was one (`went`), else the initial state, and after a reset the state for that.
-    """
-    own = (n * B + b) * WIDTH
-    source = tl.where(
-        went,
-        pointer(table, WRITTEN, TYPE, ALIGNED) + (before * N + n) * WIDTH,
-        pointer(table, FIRST, TYPE, ALIGNED) + own,
-    )
-    if HAS_RESET:
-        reset = _resets(table, row, n, alive, HAS_RESET)
-        if HAS_RESTART:
-            source = tl.where(reset, pointer(table, RESTART, TYPE, ALIGNED) + own, source)
-        else:
-            alive = alive & (reset == 0)
-    return source, alive
+
+@triton.jit
+def _gates_of_product(  # type: ignore[no-untyped-def]
+    table, n, own, j, mask,
+    GATES: tl.constexpr, H: tl.constexpr, NORM: tl.constexpr, STARTS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    STORAGE: tl.constexpr, ACC: tl.constexpr, ALIGNED: tl.constexpr, OPTIONS: tl.constexpr,
+):  # fmt: skip
+    """The same of whole rows, from what `product_step` has made."""
+    at = pointer(table, slots.PRODUCT, ACC, ALIGNED) + (own * (GATES * H))[:, None] + j[None, :]
+    gh = ()
+    for g in tl.static_range(GATES):
+        gh = gh + (tl.load(at + g * H, mask=mask, other=0.0),)
+    if NORM_H & OPTIONS:
+        eps = number_of(table, slots.EPS, ACC)
+        normed = ()
+        for k in tl.static_range(len(NORM)):
+            normed = normed + normalised(gh, (j < H)[None, :], eps, STARTS[k], NORM[k], H)
+        gh = ()
+        for g in tl.static_range(GATES):
+            gain = pointer(table, slots.GAIN_H, STORAGE, ALIGNED) + (n * GATES + g) * H + j
+            gh = gh + (normed[g] * tl.load(gain, mask=j < H, other=0.0).to(ACC)[None, :],)
+    if HAS_BIAS:
+        sums = ()
+        for g in tl.static_range(GATES):
+            bias = pointer(table, slots.BIAS, STORAGE, ALIGNED) + (n * GATES + g) * H + j
+            sums = sums + (gh[g] + tl.load(bias, mask=j < H, other=0.0).to(ACC)[None, :],)
+        gh = sums
+    return gh
+
+
+@triton.jit(do_not_specialize=["i"])
+def product_step(  # type: ignore[no-untyped-def]
+    table, i,
+    GATES: tl.constexpr, H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PERIOD: tl.constexpr,
+    REVERSE: tl.constexpr, HAS_RESET: tl.constexpr, HAS_RESTART: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+    HAS_OFFSETS: tl.constexpr, STORAGE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    ALIGNED: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, OPTIONS: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+):  # fmt: skip
+    """What comes before `forward_step` under layer norm, which is of whole rows: h W_hh^T, for all gates."""
+    s, T, B, n, back, b, length = at_step(table, i, BLOCK_B, PERIOD, REVERSE, HAS_LENGTHS)
+    offsets = pointer(table, slots.OFFSETS, tl.int64, False)
+    row, alive = locate(s, back, b, length, B, T, offsets, HAS_OFFSETS)
+    if HAS_LENGTHS:
+        if tl.max(alive.to(tl.int32)) == 0:
+            return
+    before, went = locate(s - 1, back, b, length, B, T, offsets, HAS_OFFSETS)
+    source, read = entering_of(
+        table, row, alive, before, went, n, b, B,
+        P, N, slots.H0, slots.RESTART_H, slots.Y, STORAGE, HAS_RESET, HAS_RESTART, ALIGNED,
+    )  # fmt: skip
+    j = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    (product,) = _gates(
+        table, source, read, row * N + n, n * B + b, n, j,
+        1, GATES * H, P, False, STORAGE, ACC, PRECISION, ALIGNED, BLOCK_B, BLOCK_H, BLOCK_K, OPTIONS, DIAGONAL,
+    )  # fmt: skip
+    at = pointer(table, slots.PRODUCT, ACC, ALIGNED) + ((n * B + b) * (GATES * H))[:, None] + j[None, :]
+    tl.store(at, product, mask=alive[:, None] & (j < GATES * H)[None, :])
 
 
 @triton.jit(do_not_specialize=["i"])
@@ -78,9 +167,10 @@ def forward_step(  # type: ignore[no-untyped-def]
     HAS_BIAS: tl.constexpr, HAS_RESET: tl.constexpr, HAS_RESTART: tl.constexpr, HAS_LENGTHS: tl.constexpr,
     HAS_OFFSETS: tl.constexpr, PROJECT: tl.constexpr, SAVE_STATES: tl.constexpr, SAVE_PLANES: tl.constexpr,
     STORAGE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr, GX_ALIGNED: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, OPTIONS: tl.constexpr, SMALLS: tl.constexpr,
+    PEEPS: tl.constexpr, NORM: tl.constexpr, STARTS: tl.constexpr, DIAGONAL: tl.constexpr,
 ):  # fmt: skip
-    s, T, B, n, back, b, length = _start(table, i, BLOCK_B, PERIOD, REVERSE, HAS_LENGTHS)
+    s, T, B, n, back, b, length = at_step(table, i, BLOCK_B, PERIOD, REVERSE, HAS_LENGTHS)
     offsets = pointer(table, slots.OFFSETS, tl.int64, False)
     row, alive = locate(s, back, b, length, B, T, offsets, HAS_OFFSETS)
     if HAS_LENGTHS:
@@ -93,34 +183,24 @@ def forward_step(  # type: ignore[no-untyped-def]
     at = row * stride(table, slots.GX_ROW, GX_ALIGNED) + n * stride(table, slots.GX_GROUP, GX_ALIGNED)
     at = pointer(table, slots.GX, STORAGE, GX_ALIGNED) + at[:, None] + j[None, :]
     gx = ()
-    gh = ()
     for g in tl.static_range(GATES):
         gx = gx + (tl.load(at + g * H, mask=mask, other=0.0).to(ACC),)
-        if HAS_BIAS:
-            bias = pointer(table, slots.BIAS, STORAGE, ALIGNED) + (n * GATES + g) * H + j
-            bias = tl.load(bias, mask=j < H, other=0.0).to(ACC)
-            gh = gh + (tl.zeros((BLOCK_B, BLOCK_H), ACC) + bias[None, :],)
-        else:
-            gh = gh + (tl.zeros((BLOCK_B, BLOCK_H), ACC),)
-
-    source, read = _entering(
+    source, read = entering_of(
         table, row, alive, before, went, n, b, B,
         P, N, slots.H0, slots.RESTART_H, slots.Y, STORAGE, HAS_RESET, HAS_RESTART, ALIGNED,
     )  # fmt: skip
-    weights = pointer(table, slots.W, STORAGE, ALIGNED) + n * (GATES * H * P)
-    for k in range(0, P, BLOCK_K):
-        kk = k + tl.arange(0, BLOCK_K)
-        h = tl.load(source[:, None] + kk[None, :], mask=read[:, None] & (kk < P)[None, :], other=0.0)
-        wk = weights + j[None, :] * P + kk[:, None]
-        inside = (kk < P)[:, None] & (j < H)[None, :]
-        sums = ()
-        for g in tl.static_range(GATES):
-            wg = tl.load(wk + g * H * P, mask=inside, other=0.0)
-            sums = sums + (tl.dot(h, wg, gh[g], input_precision=PRECISION, out_dtype=ACC),)
-        gh = sums
+    if NORMS & OPTIONS:
+        gh = _gates_of_product(
+            table, n, n * B + b, j, mask, GATES, H, NORM, STARTS, HAS_BIAS, STORAGE, ACC, ALIGNED, OPTIONS
+        )
+    else:
+        gh = _gates(
+            table, source, read, row * N + n, n * B + b, n, j,
+            GATES, H, P, HAS_BIAS, STORAGE, ACC, PRECISION, ALIGNED, BLOCK_B, BLOCK_H, BLOCK_K, OPTIONS, DIAGONAL,
+        )  # fmt: skip
 
     states = (tl.zeros((BLOCK_B, BLOCK_H), ACC),)
-    if MIXES_H:
+    if MIXES_H and not PROJECT:
         at = source[:, None] + j[None, :]
         states = (tl.load(at, mask=read[:, None] & (j < H)[None, :], other=0.0).to(ACC),)
     if HAS_C:
@@ -131,13 +211,22 @@ def forward_step(  # type: ignore[no-untyped-def]
             restart = tl.zeros((BLOCK_B, BLOCK_H), ACC)
             if HAS_RESTART:
                 restart = tl.load(pointer(table, slots.RESTART_C, ACC, ALIGNED) + own, mask=mask, other=0.0)
-            c = tl.where(_resets(table, row, n, alive, HAS_RESET)[:, None], restart, c)
+            c = tl.where(resets_of(table, row, n, alive, HAS_RESET)[:, None], restart, c)
         states = states + (c,)
 
-    states, planes = CELL(gx, gh, states)
+    at = row * N + n
+    aux = auxiliary_of(table, n, at, j, mask, SMALLS, PEEPS, H, STORAGE, ACC, ALIGNED, OPTIONS)
+    new, planes = CELL(gx, gh, states, aux)
 
-    own = (row * N + n)[:, None]
-    h = states[0].to(STORAGE)
+    h = new[0]
+    if ZONES_H & OPTIONS:
+        if not PROJECT:
+            stay = staying_of(
+                table, at, j, mask, slots.STAY_H, slots.SHARE_H, STAY_H, H, STORAGE, ACC, ALIGNED, OPTIONS
+            )
+            h = mixed(stay, states[0], h)
+    h = h.to(STORAGE)
+    own = at[:, None]
     if PROJECT:
         # Only this step's projection reads it where it is not saved: there it has the place of its batch row.
         place = own if SAVE_STATES else (n * B + b)[:, None]
@@ -148,10 +237,16 @@ def forward_step(  # type: ignore[no-untyped-def]
         last = pointer(table, slots.H_LAST, STORAGE, ALIGNED) + ((n * B + b) * H)[:, None] + j[None, :]
         tl.store(last, h, mask=mask & (more == 0)[:, None])
     if HAS_C:
+        c = new[1]
+        if ZONES_C & OPTIONS:
+            stay = staying_of(
+                table, at, j, mask, slots.STAY_C, slots.SHARE_C, STAY_C, H, STORAGE, ACC, ALIGNED, OPTIONS
+            )
+            c = mixed(stay, states[1], c)
         tl.debug_barrier()
-        tl.store(carry, states[1], mask=mask)
+        tl.store(carry, c, mask=mask)
         if SAVE_STATES:
-            tl.store(pointer(table, slots.SEQ, ACC, ALIGNED) + own * H + j[None, :], states[1], mask=mask)
+            tl.store(pointer(table, slots.SEQ, ACC, ALIGNED) + own * H + j[None, :], c, mask=mask)
     if SAVE_PLANES:
         at = pointer(table, slots.PLANES, STORAGE, ALIGNED) + own * (SAVED * H) + j[None, :]
         for q in tl.static_range(SAVED):
@@ -162,12 +257,13 @@ def forward_step(  # type: ignore[no-untyped-def]
 def project_step(  # type: ignore[no-untyped-def]
     table, i,
     H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PERIOD: tl.constexpr, REVERSE: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr, HAS_OFFSETS: tl.constexpr, SAVE_STATES: tl.constexpr,
+    HAS_RESET: tl.constexpr, HAS_RESTART: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_OFFSETS: tl.constexpr,
+    SAVE_STATES: tl.constexpr,
     STORAGE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, OPTIONS: tl.constexpr,
 ):  # fmt: skip
     """What follows `forward_step` with a projection: y = hidden W_hr^T."""
-    s, T, B, n, back, b, length = _start(table, i, BLOCK_B, PERIOD, REVERSE, HAS_LENGTHS)
+    s, T, B, n, back, b, length = at_step(table, i, BLOCK_B, PERIOD, REVERSE, HAS_LENGTHS)
     offsets = pointer(table, slots.OFFSETS, tl.int64, False)
     row, alive = locate(s, back, b, length, B, T, offsets, HAS_OFFSETS)
     if HAS_LENGTHS:
@@ -185,185 +281,21 @@ def project_step(  # type: ignore[no-untyped-def]
         at = weights + p[None, :] * H + kk[:, None]
         w = tl.load(at, mask=(kk < H)[:, None] & (p < P)[None, :], other=0.0)
         total = tl.dot(m, w, total, input_precision=PRECISION, out_dtype=ACC)
+    if PROJ_CLIP & OPTIONS:
+        total = bounded(total, number_of(table, slots.PROJ_CLIP, ACC))
+    if ZONES_H & OPTIONS:
+        before, went = locate(s - 1, back, b, length, B, T, offsets, HAS_OFFSETS)
+        source, read = entering_of(
+            table, row, alive, before, went, n, b, B,
+            P, N, slots.H0, slots.RESTART_H, slots.Y, STORAGE, HAS_RESET, HAS_RESTART, ALIGNED,
+        )  # fmt: skip
+        old = tl.load(source[:, None] + p[None, :], mask=read[:, None] & (p < P)[None, :], other=0.0).to(ACC)
+        stay = staying_of(
+            table, row * N + n, p, mask, slots.STAY_H, slots.SHARE_H, STAY_H, P, STORAGE, ACC, ALIGNED, OPTIONS
+        )
+        total = mixed(stay, old, total)
     h = total.to(STORAGE)
     tl.store(pointer(table, slots.Y, STORAGE, ALIGNED) + ((row * N + n) * P)[:, None] + p[None, :], h, mask=mask)
     _, more = locate(s + 1, back, b, length, B, T, offsets, HAS_OFFSETS)
     last = pointer(table, slots.H_LAST, STORAGE, ALIGNED) + ((n * B + b) * P)[:, None] + p[None, :]
     tl.store(last, h, mask=mask & (more == 0)[:, None])
-
-
-@triton.jit
-def _d_recurrent(  # type: ignore[no-untyped-def]
-    table, row, alive, after, came, n, b, B, p,
-    GATES: tl.constexpr, MIXES_H: tl.constexpr, H: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
-    HAS_RESET: tl.constexpr, HAS_RESTART: tl.constexpr, STORAGE: tl.constexpr, ACC: tl.constexpr,
-    PRECISION: tl.constexpr, ALIGNED: tl.constexpr, DY_ALIGNED: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """The whole gradient of h after this step, [BLOCK_B, BLOCK_H] at columns p.
-
-    What the step `after` in the walk sends back, or the gradient of the final state where there is none, and dy. Where
-    that later step was a reset, its share goes to the reset state; where this step is not there, to the initial state.
-    """
-    inside = (p < P)[None, :]
-    weights = pointer(table, slots.W, STORAGE, ALIGNED) + n * (GATES * H * P)
-    source = pointer(table, slots.DGH, STORAGE, ALIGNED) + (after * N + n) * (GATES * H)
-    total = tl.zeros((BLOCK_B, BLOCK_H), ACC)
-    for k in range(0, GATES * H, BLOCK_K):
-        kk = k + tl.arange(0, BLOCK_K)
-        d = tl.load(source[:, None] + kk[None, :], mask=came[:, None] & (kk < GATES * H)[None, :], other=0.0)
-        w = tl.load(weights + kk[:, None] * P + p[None, :], mask=(kk < GATES * H)[:, None] & inside, other=0.0)
-        total = tl.dot(d, w, total, input_precision=PRECISION, out_dtype=ACC)
-    own = ((n * B + b) * P)[:, None] + p[None, :]
-    if MIXES_H:
-        total += tl.load(pointer(table, slots.CARRY, ACC, ALIGNED) + own, mask=came[:, None] & inside, other=0.0)
-    if HAS_RESET:
-        reset = _resets(table, after, n, came, HAS_RESET)
-        if HAS_RESTART:
-            at = pointer(table, slots.DRESTART_H, ACC, ALIGNED) + own
-            through = (came & reset)[:, None] & inside
-            sum_through = tl.load(at, mask=through, other=0.0) + total
-            tl.debug_barrier()
-            tl.store(at, sum_through, mask=through)
-        total = tl.where(reset[:, None], 0.0, total)
-    ends = pointer(table, slots.DH0, STORAGE, ALIGNED) + own
-    tl.store(ends, total.to(STORAGE), mask=(came & (alive == 0))[:, None] & inside)
-    end = tl.load(ends, mask=(alive & (came == 0))[:, None] & inside, other=0.0).to(ACC)
-    at = row * stride(table, slots.DY_ROW, DY_ALIGNED) + n * stride(table, slots.DY_GROUP, DY_ALIGNED)
-    at = pointer(table, slots.DY, STORAGE, DY_ALIGNED) + at[:, None] + p[None, :]
-    dy = tl.load(at, mask=alive[:, None] & inside, other=0.0).to(ACC)
-    return tl.where(came[:, None], total, end) + dy  # came: with NaN in W, the product of nothing is not 0
-
-
-@triton.jit
-def _d_cell(  # type: ignore[no-untyped-def]
-    table, dh, row, alive, before, went, n, b, B, j,
-    CELL: tl.constexpr, GATES: tl.constexpr, SAVED: tl.constexpr, HAS_C: tl.constexpr, MIXES_H: tl.constexpr,
-    SPLIT: tl.constexpr, HAS_DSEQ: tl.constexpr, H: tl.constexpr, N: tl.constexpr,
-    HAS_RESET: tl.constexpr, HAS_RESTART: tl.constexpr, STORAGE: tl.constexpr, ACC: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
-    """From the gradient of the step's own h to those of its gates, and to what it leaves to the step before it."""
-    mask = alive[:, None] & (j < H)[None, :]
-    own = (row * N + n)[:, None]
-    at = pointer(table, slots.PLANES, STORAGE, ALIGNED) + own * (SAVED * H) + j[None, :]
-    planes = ()
-    for q in tl.static_range(SAVED):
-        planes = planes + (tl.load(at + q * H, mask=mask, other=0.0).to(ACC),)
-    states = (tl.zeros_like(dh),)
-    if MIXES_H:
-        source, read = _entering(
-            table, row, alive, before, went, n, b, B,
-            H, N, slots.H0, slots.RESTART_H, slots.Y, STORAGE, HAS_RESET, HAS_RESTART, ALIGNED,
-        )  # fmt: skip
-        h = tl.load(source[:, None] + j[None, :], mask=read[:, None] & (j < H)[None, :], other=0.0)
-        states = (h.to(ACC),)
-    place = ((n * B + b) * H)[:, None] + j[None, :]
-    dstates = (dh,)
-    if HAS_C:
-        source, read = _entering(
-            table, row, alive, before, went, n, b, B,
-            H, N, slots.C0, slots.RESTART_C, slots.SEQ, ACC, HAS_RESET, HAS_RESTART, ALIGNED,
-        )  # fmt: skip
-        c = tl.load(source[:, None] + j[None, :], mask=read[:, None] & (j < H)[None, :], other=0.0)
-        states = states + (c,)
-        carry = pointer(table, slots.DC0, ACC, ALIGNED) + place
-        dc = tl.load(carry, mask=mask, other=0.0)
-        if HAS_DSEQ:
-            dc += tl.load(pointer(table, slots.DSEQ, ACC, ALIGNED) + own * H + j[None, :], mask=mask, other=0.0)
-        dstates = dstates + (dc,)
-
-    dgx, dgh, dentering = CELL(dstates, planes, states)
-    if HAS_RESET:
-        reset = _resets(table, row, n, alive, HAS_RESET)[:, None]
-    if HAS_C and HAS_RESTART:
-        restarts = pointer(table, slots.DRESTART_C, ACC, ALIGNED) + place
-        through = tl.load(restarts, mask=mask & reset, other=0.0) + dentering[1]
-
-    tl.debug_barrier()
-    at = own * (GATES * H) + j[None, :]
-    for g in tl.static_range(GATES):
-        tl.store(pointer(table, slots.DGX, STORAGE, ALIGNED) + at + g * H, dgx[g].to(STORAGE), mask=mask)
-        if SPLIT:
-            tl.store(pointer(table, slots.DGH, STORAGE, ALIGNED) + at + g * H, dgh[g].to(STORAGE), mask=mask)
-    if MIXES_H:
-        tl.store(pointer(table, slots.CARRY, ACC, ALIGNED) + place, dentering[0], mask=mask)
-    if HAS_C:
-        dc = dentering[1]
-        if HAS_RESTART:
-            tl.store(restarts, through, mask=mask & reset)
-        if HAS_RESET:
-            dc = tl.where(reset, 0.0, dc)
-        tl.store(carry, dc, mask=mask)
-
-
-@triton.jit(do_not_specialize=["i"])
-def backward_step(  # type: ignore[no-untyped-def]
-    table, i,
-    CELL: tl.constexpr, GATES: tl.constexpr, SAVED: tl.constexpr, HAS_C: tl.constexpr, MIXES_H: tl.constexpr,
-    SPLIT: tl.constexpr, HAS_DSEQ: tl.constexpr, H: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
-    PERIOD: tl.constexpr, REVERSE: tl.constexpr, HAS_RESET: tl.constexpr, HAS_RESTART: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr, HAS_OFFSETS: tl.constexpr, PROJECT: tl.constexpr,
-    STORAGE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr, DY_ALIGNED: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Launched T + 1 times, from the walk's last step to the one before its first, where only dstates are left.
-
-    With a projection it ends at dh, and `backward_cell_step` goes on from there.
-    """
-    s, T, B, n, back, b, length = _start(table, i, BLOCK_B, PERIOD, REVERSE, HAS_LENGTHS)
-    w = T - 1 - s
-    offsets = pointer(table, slots.OFFSETS, tl.int64, False)
-    row, alive = locate(w, back, b, length, B, T, offsets, HAS_OFFSETS)
-    after, came = locate(w + 1, back, b, length, B, T, offsets, HAS_OFFSETS)
-    if HAS_LENGTHS:
-        if tl.max((alive | came).to(tl.int32)) == 0:
-            return
-    p = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    dh = _d_recurrent(
-        table, row, alive, after, came, n, b, B, p,
-        GATES, MIXES_H, H, P, N, HAS_RESET, HAS_RESTART, STORAGE, ACC, PRECISION, ALIGNED, DY_ALIGNED,
-        BLOCK_B, BLOCK_H, BLOCK_K,
-    )  # fmt: skip
-    if PROJECT:
-        at = pointer(table, slots.DH, STORAGE, ALIGNED) + ((row * N + n) * P)[:, None] + p[None, :]
-        tl.store(at, dh.to(STORAGE), mask=alive[:, None] & (p < P)[None, :])
-    else:
-        before, went = locate(w - 1, back, b, length, B, T, offsets, HAS_OFFSETS)
-        _d_cell(
-            table, dh, row, alive, before, went, n, b, B, p,
-            CELL, GATES, SAVED, HAS_C, MIXES_H, SPLIT, HAS_DSEQ, H, N, HAS_RESET, HAS_RESTART, STORAGE, ACC, ALIGNED,
-        )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["i"])
-def backward_cell_step(  # type: ignore[no-untyped-def]
-    table, i,
-    CELL: tl.constexpr, GATES: tl.constexpr, SAVED: tl.constexpr, HAS_C: tl.constexpr, MIXES_H: tl.constexpr,
-    SPLIT: tl.constexpr, HAS_DSEQ: tl.constexpr, H: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
-    PERIOD: tl.constexpr, REVERSE: tl.constexpr, HAS_RESET: tl.constexpr, HAS_RESTART: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr, HAS_OFFSETS: tl.constexpr,
-    STORAGE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """What follows `backward_step` with a projection: dm = dh W_hr, and the cell."""
-    s, T, B, n, back, b, length = _start(table, i, BLOCK_B, PERIOD, REVERSE, HAS_LENGTHS)
-    w = T - 1 - s
-    offsets = pointer(table, slots.OFFSETS, tl.int64, False)
-    row, alive = locate(w, back, b, length, B, T, offsets, HAS_OFFSETS)
-    if tl.max(alive.to(tl.int32)) == 0:
-        return
-    before, went = locate(w - 1, back, b, length, B, T, offsets, HAS_OFFSETS)
-    j = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    source = pointer(table, slots.DH, STORAGE, ALIGNED) + (row * N + n) * P
-    weights = pointer(table, slots.W_HR, STORAGE, ALIGNED) + n * (P * H)
-    dm = tl.zeros((BLOCK_B, BLOCK_H), ACC)
-    for k in range(0, P, BLOCK_K):
-        kk = k + tl.arange(0, BLOCK_K)
-        dh = tl.load(source[:, None] + kk[None, :], mask=alive[:, None] & (kk < P)[None, :], other=0.0)
-        at = weights + kk[:, None] * H + j[None, :]
-        w_hr = tl.load(at, mask=(kk < P)[:, None] & (j < H)[None, :], other=0.0)
-        dm = tl.dot(dh, w_hr, dm, input_precision=PRECISION, out_dtype=ACC)
-    _d_cell(
-        table, dm, row, alive, before, went, n, b, B, j,
-        CELL, GATES, SAVED, HAS_C, MIXES_H, SPLIT, HAS_DSEQ, H, N, HAS_RESET, HAS_RESTART, STORAGE, ACC, ALIGNED,
-    )  # fmt: skip

@@ -176,7 +176,7 @@ def forward_together(  # type: ignore[no-untyped-def]
             STARTS, PARTS, H, SLICES, STORAGE, WORD, ACC, PRECISION, RELAXED,
         )  # fmt: skip
 
-        new, activations = CELL(x, gh, entering)
+        new, activations = CELL(x, gh, entering, ((), (), (), ()))
 
         h = new[0].to(STORAGE)
         at = row * N + n
@@ -290,7 +290,7 @@ def backward_together(  # type: ignore[no-untyped-def]
         dstates = (total + given,)
         if HAS_C:
             dstates = dstates + (dc,)
-        gates_x, gates_h, dentering = CELL(dstates, activations, entering)
+        gates_x, gates_h, dentering, _ = CELL(dstates, activations, entering, ((), (), (), ()))
 
         place = (at * K)[:, None] + j[None, :]
         for g in tl.static_range(GATES):
@@ -298,7 +298,7 @@ def backward_together(  # type: ignore[no-untyped-def]
             if SPLIT:
                 tl.store(dgx + place + g * H, gates_x[g].to(STORAGE), mask=mask)
         carry, dc, d_restart_c = d_leave(
-            dentering, total, dc, d_restart_c, replaced, mask, zero, MIXES_H, HAS_C, HAS_RESET
+            dentering, total, dc, d_restart_c, replaced, mask, zero, (), MIXES_H, HAS_C, HAS_RESET
         )
         came = alive
         was_reset = replaced

@@ -47,10 +47,17 @@ def shipped(
     batches: Iterable[int] = BATCHES,
     cells: Iterable[str] = tuple(STEPS),
     dtypes: Iterable[torch.dtype] = tuple(TYPES),
+    options: Iterable[tuple[str, torch.dtype]] | None = None,
 ) -> Iterator[Shipped]:
-    """Each kernel once, however many scans launch it; of the table's entries all, whatever else is asked for."""
+    """Each kernel once, however many scans launch it; of the table's entries all, whatever else is asked for.
+
+    `options` are the cells and dtypes whose scans with options are among them; None: all that were asked for.
+    """
     seen = set()
-    for name, one in launches(target, cells, dtypes, sizes, batches):
+    if options is None:
+        options = tuple(product(cells, dtypes))
+    optioned = with_options(target, options, sizes, batches)
+    for name, one in (*launches(target, cells, dtypes, sizes, batches), *optioned):
         key = (one.kernel, *one.compiled_constants().items(), *one.signature().items(), *one.options.items())
         if key not in seen:
             seen.add(key)
@@ -77,10 +84,24 @@ def launches(
                 yield from _of_one(replace(target, processors=processors), cell, named[kind], H, B, "plain")
 
 
+def with_options(
+    target: Target, kinds: Iterable[tuple[str, torch.dtype]], sizes: Iterable[int], batches: Iterable[int]
+) -> Iterator[tuple[str, Launch]]:
+    """Scans with all options at once, for one option more is some registers more; without and under layer norm."""
+    for (cell, dtype), H, B in product(kinds, sizes, batches):
+        if H in (64, 512):
+            yield from _of_one(target, cell, dtype, H, B, "options")
+        if H == 512:
+            yield from _of_one(target, cell, dtype, H, B, "norm")
+        if H == 512 and cell == "lstm" and dtype == torch.bfloat16:
+            yield from _of_one(target, cell, dtype, H, B, "norm projected")
+
+
 def _of_one(target: Target, cell: str, dtype: torch.dtype, H: int, B: int, kind: str) -> Iterator[tuple[str, Launch]]:
     title = f"{cell} {str(dtype).removeprefix('torch.')} H{H} B{B} {kind}"
-    for precision in ("ieee", "tf32") if dtype == torch.float32 else ("ieee",):
-        for save in ("all", "none") if kind != "rich" else ("all",):
+    simple = kind in ("plain", "projected")
+    for precision in ("ieee", "tf32") if dtype == torch.float32 and (simple or kind == "rich") else ("ieee",):
+        for save in ("all", "none") if simple else ("all",):
             inputs = _inputs(cell, dtype, H, B, kind, save, precision)
             for driver in _drivers(inputs, "forward", target, kind):
                 outputs, program = plan_forward(inputs, target, driver)
@@ -105,19 +126,34 @@ def _drivers(inputs: ScanInputs, direction: str, target: Target, kind: str) -> l
 
 def _inputs(cell: str, dtype: torch.dtype, H: int, B: int, kind: str, save: str, precision: str) -> ScanInputs:
     """A scan as far as plans look at it: of one direction, with a projection, or with what a plain one has not (both
-    directions, packed rows, resets to learned states)."""
-    T, G, N, P = 100, len(CELLS[cell].gates), 1 + (kind == "rich"), H // 4 if kind == "projected" else H
+    directions, packed rows, resets to learned states), or as rich a one with options, or under layer norm too."""
+    projected, several = kind.endswith("projected"), kind not in ("plain", "projected")
+    T, G, N, P = 100, len(CELLS[cell].gates), 1 + several, H // 4 if projected else H
     wide = accumulation_dtype(dtype)
 
     def new(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     states = (new(N, B, P), *(new(N, B, H, dtype=wide) for _ in CELLS[cell].states[1:]))
-    names = ("w_hh", "b_hh", *(("w_hr",) if kind == "projected" else ()))
-    params = (new(G * H, P), new(G * H), *((new(P, H),) if kind == "projected" else ()))
+    names = ("w_hh", "b_hh", *(("w_hr",) if projected else ()))
+    params = (new(*CELLS[cell].recurrent_shape(H, P)), new(G * H), *((new(P, H),) if projected else ()))
     scan = ScanSpec(cell, (False, True)[:N], names, save=save, precision=precision)
     inputs = ScanInputs(scan, T, B, new(T * B, N, G * H), states, (params,) * N)
-    if kind == "rich":
+    if several:
         inputs.offsets, inputs.lengths = new(T, dtype=torch.int64), new(B, dtype=torch.int64)
         inputs.reset, inputs.reset_states = new(T * B, N, dtype=torch.bool), states
-    return inputs
+    return inputs if kind in ("plain", "projected", "rich") else _optioned(inputs, kind.startswith("norm"))
+
+
+def _optioned(inputs: ScanInputs, norm: bool) -> ScanInputs:
+    """With every mask, bound and elementwise parameter that there is, those of layer norm only with `norm`."""
+    spec, cell, (S, N, width), B = inputs.spec, CELLS[inputs.spec.cell], inputs.gx.shape, inputs.B
+    H, P, two = width // len(cell.gates), inputs.states[0].shape[2], len(cell.states) > 1
+    sizes = {"h": (N, B, P), "h_step": (S, N, P), "zoneout_h": (S, N, P), "zoneout_c": (S, N, H)}
+    masks = [name for name in sizes if two or name != "zoneout_c"] + list(cell.masks)
+    small = tuple(name for name in ("ln_hh", *cell.small) if norm or name not in ("ln_hh", *cell.row))
+    more = tuple(inputs.gx.new_empty(width if name == "ln_hh" else H) for name in small)
+    bounds = {"cell_clip": 1.0 if two else 0.0, "proj_clip": float("w_hr" in spec.params), "grad_clip": 1.0}
+    spec = replace(spec, params=(*spec.params, *small), noise=tuple(masks), scales=(1.0,) * len(masks), **bounds)
+    noise = tuple(torch.empty(sizes.get(name, (S, N, H)), dtype=torch.bool, device="meta") for name in masks)
+    return replace(inputs, spec=spec, params=tuple((*group, *more) for group in inputs.params), noise=noise)

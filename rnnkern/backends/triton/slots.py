@@ -14,6 +14,9 @@ NAMES = (
     "h0", "c0", "restart_h", "restart_c", "reset", "reset_row", "reset_group", "lengths", "offsets",
     "y", "h_last", "c_last", "seq", "planes", "hidden",
     "dy", "dy_row", "dy_group", "dseq", "dgx", "dgh", "dh", "carry", "dh0", "dc0", "drestart_h", "drestart_c",
+    "keep_h", "keep_step", "candidate", "stay_h", "stay_c", "small", "dsmall", "within",
+    "gain_h", "product", "normed", "norm_scales", "dprod", "dhidden",
+    "scale_h", "scale_candidate", "share_h", "share_c", "cell_clip", "proj_clip", "grad_clip", "eps",
 )  # fmt: skip
 (
     STEP, STEPS, BATCH,
@@ -21,6 +24,9 @@ NAMES = (
     H0, C0, RESTART_H, RESTART_C, RESET, RESET_ROW, RESET_GROUP, LENGTHS, OFFSETS,
     Y, H_LAST, C_CARRY, SEQ, PLANES, HIDDEN,
     DY, DY_ROW, DY_GROUP, DSEQ, DGX, DGH, DH, CARRY, DH0, DC0, DRESTART_H, DRESTART_C,
+    KEEP_H, KEEP_STEP, CANDIDATE, STAY_H, STAY_C, SMALL, DSMALL, WITHIN,
+    GAIN_H, PRODUCT, NORMED, NORM_SCALES, DPROD, DHIDDEN,
+    SCALE_H, SCALE_CANDIDATE, SHARE_H, SHARE_C, CELL_CLIP, PROJ_CLIP, GRAD_CLIP, EPS,
 ) = (tl.constexpr(k) for k in range(len(NAMES)))  # fmt: skip
 
 

@@ -29,28 +29,32 @@ Results = list[tuple[str, Tensor]]
 Scan = TypeVar("Scan", ScanInputs, ScanOutputs)
 
 
-def trusted(device: torch.device, cell: str, dtype: torch.dtype, precision: str) -> bool:
+def trusted(device: torch.device, cell: str, dtype: torch.dtype, precision: str, options: bool = False) -> bool:
     """Whether the kernels gave the right numbers here. False, for the time being, while a CUDA graph is recorded."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return False
-    return not failure(device, cell, dtype, precision)
+    return not failure(device, cell, dtype, precision, options)
 
 
 @lru_cache(maxsize=256)
-def failure(device: torch.device, cell: str, dtype: torch.dtype, precision: str) -> str:
+def failure(device: torch.device, cell: str, dtype: torch.dtype, precision: str, options: bool) -> str:
     """What went wrong in the trial; empty: nothing."""
     from rnnkern.backends.triton import BACKEND
 
     try:
         with torch.no_grad():
             for width in WIDTHS:
-                _compare(BACKEND, problem(cell, dtype, precision, width), device)
+                _compare(BACKEND, problem(cell, dtype, precision, width, options), device)
+            if options:  # under layer norm a step is made of other kernels
+                _compare(BACKEND, problem(cell, dtype, precision, WIDTHS[-1], options, norm=True), device)
+                return ""
             for driver in sorted(tabled_drivers(shipped_table(), target_of(device), cell, dtype)):
                 _compare(BACKEND, problem(cell, dtype, precision, WIDE), device, driver)
     except Exception as error:  # a compiler's, a driver's, or ours: all mean the same here
         why = f"{type(error).__name__}: {error}"
         warnings.warn(
-            f"rnnkern's Triton kernels failed a trial of {cell} in {dtype} on {device}, so others run: {why}",
+            f"rnnkern's Triton kernels failed a trial of {cell} in {dtype}{' with options' if options else ''} on "
+            f"{device}, so others run: {why}",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -58,8 +62,11 @@ def failure(device: torch.device, cell: str, dtype: torch.dtype, precision: str)
     return ""
 
 
-def problem(cell: str, dtype: torch.dtype, precision: str, H: int) -> ScanInputs:
-    """Two directions over rows of several lengths, on the CPU."""
+def problem(
+    cell: str, dtype: torch.dtype, precision: str, H: int, options: bool = False, norm: bool = False
+) -> ScanInputs:
+    """Two directions over rows of several lengths, on the CPU; `options`: with every mask, bound and elementwise
+    parameter that the cell has, those of layer norm only with `norm`."""
     generator = torch.Generator().manual_seed(H)
     spec, T, B, N = CELLS[cell], STEPS, ROWS, 2
     G, wide = len(spec.gates), accumulation_dtype(dtype)
@@ -68,10 +75,31 @@ def problem(cell: str, dtype: torch.dtype, precision: str, H: int) -> ScanInputs
         return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
 
     states = (normal(N, B, H), *(normal(N, B, H, dtype=wide) for _ in spec.states[1:]))
-    params = tuple((normal(G * H, H, scale=H**-0.5), normal(G * H, scale=0.1)) for _ in range(N))
+    params = tuple((normal(*spec.recurrent_shape(H, H), scale=H**-0.5), normal(G * H, scale=0.1)) for _ in range(N))
     scan = ScanSpec(cell, (False, True), ("w_hh", "b_hh"), precision=precision)
     lengths = torch.tensor([T, 1, T - 3, T, 2])
-    return ScanInputs(scan, T, B, normal(T * B, N, G * H), states, params, lengths=lengths)
+    found = ScanInputs(scan, T, B, normal(T * B, N, G * H), states, params, lengths=lengths)
+    if not options:
+        return found
+    small = tuple(name for name in ("ln_hh", *spec.small) if norm or name not in ("ln_hh", *spec.row))
+    found.params = tuple(
+        (*group, *(normal(G * H if name == "ln_hh" else H) for name in small)) for group in found.params
+    )
+    two = len(spec.states) > 1
+    masks = ("h", "h_step", "zoneout_h", *(("zoneout_c",) if two else ()), *spec.masks)
+    found.noise = tuple(
+        torch.rand((N, B, H) if name == "h" else (T * B, N, H), generator=generator) < 0.7 for name in masks
+    )
+    found.spec = replace(
+        scan,
+        params=(*scan.params, *small),
+        noise=masks,
+        scales=tuple(1.0 if name.startswith("zoneout") else 1 / 0.7 for name in masks),
+        # In 16 bits c is often as near to a bound as its rounding: which side it is on is then nobody's error.
+        cell_clip=0.0 if not two else 2.0 if dtype.itemsize > 2 else 64.0,
+        grad_clip=2.0,
+    )
+    return found
 
 
 def _compare(backend: Any, inputs: ScanInputs, device: torch.device, driver: str | None = None) -> None:
@@ -112,7 +140,8 @@ def of_forward(out: ScanOutputs) -> Results:
 
 def of_backward(grads: ScanGrads) -> Results:
     dgh = [("dgh", grads.dgh)] if grads.dgh.numel() else []
-    return [("dgx", grads.dgx), *dgh, *((f"dstates[{k}]", v) for k, v in enumerate(grads.dstates))]
+    small = [(f"dsmall[{n}][{k}]", v) for n, group in enumerate(grads.dsmall) for k, v in enumerate(group)]
+    return [("dgx", grads.dgx), *dgh, *((f"dstates[{k}]", v) for k, v in enumerate(grads.dstates)), *small]
 
 
 def moved(scan: Scan, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Scan:

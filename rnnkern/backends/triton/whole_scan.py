@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rnnkern.cells.triton_math import zeros_like
+from rnnkern.cells.triton_math import bounded, zeros_like
 
 
 @triton.jit
@@ -172,10 +172,13 @@ def through(total, carry, d_restart, came, was_reset, HAS_RESET: tl.constexpr): 
 
 @triton.jit
 def d_leave(  # type: ignore[no-untyped-def]
-    dentering, total, dc, d_restart_c, replaced, mask, zero,
+    dentering, total, dc, d_restart_c, replaced, mask, zero, bound,
     MIXES_H: tl.constexpr, HAS_C: tl.constexpr, HAS_RESET: tl.constexpr,
 ):  # fmt: skip
-    """What a step leaves to the one before: (the carry of h, dc, what goes to the reset state's c)."""
+    """What a step leaves to the one before: (the carry of h, dc, what goes to the reset state's c).
+
+    `bound` is that of gradients, in a tuple that may be empty.
+    """
     left = zero
     if MIXES_H:
         left = dentering[0]
@@ -185,5 +188,7 @@ def d_leave(  # type: ignore[no-untyped-def]
         if HAS_RESET:
             d_restart_c = tl.where(replaced[:, None], d_restart_c + left, d_restart_c)
             left = tl.where(replaced[:, None], 0.0, left)
+        if len(bound):
+            left = bounded(left, bound[0])
         dc = tl.where(mask, left, dc)
     return carry, dc, d_restart_c

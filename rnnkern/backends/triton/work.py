@@ -12,6 +12,18 @@ from rnnkern.backends.triton.cells import STEPS
 from rnnkern.backends.triton.config import Target, precision
 from rnnkern.backends.triton.exchange import MISSING
 from rnnkern.backends.triton.launch import TYPES
+from rnnkern.backends.triton.options import (
+    NORM_H,
+    NORMS,
+    PROJ_CLIP,
+    ZONES_H,
+    arguments,
+    has,
+    norms_of_products,
+    options_of,
+    small_of,
+    within_projection,
+)
 from rnnkern.cells import CELLS
 
 LONGEST_PERIOD = 31  # of a pattern of directions: it travels as the bits of one int
@@ -44,13 +56,17 @@ class Work:
         self.H, self.P = width // len(cell.gates), inputs.states[0].shape[2]
         self.project = "w_hr" in spec.params
         self.has_c = len(cell.states) > 1
+        self.options, self.small = options_of(spec), small_of(spec)
+        self.norm_h, self.rows = has(self.options, NORM_H), has(self.options, NORMS)
+        # Whether the entering h has a way into the new one past the product.
+        self.mixes_h = cell.mixes_h or has(self.options, ZONES_H)
         self.padded = inputs.lengths is not None and inputs.offsets is None
         period, bits = pattern(spec.reverse)
         self.constants: dict[str, Any] = {
             "GATES": len(cell.gates),
             "SAVED": len(cell.planes),
             "HAS_C": self.has_c,
-            "MIXES_H": cell.mixes_h,
+            "MIXES_H": self.mixes_h,
             "SPLIT": bool(cell.split),
             "H": self.H,
             "P": self.P,
@@ -68,6 +84,12 @@ class Work:
             "STORAGE": TYPES[self.dtype],
             "ACC": TYPES[self.acc],
             "PRECISION": precision(spec.precision, self.dtype, target),
+            "OPTIONS": self.options,
+            "SMALLS": len(self.small),
+            "PEEPS": sum(name not in cell.row for name in self.small),
+            "NORM": cell.norm,
+            "STARTS": tuple(sum(cell.norm[:k]) for k in range(len(cell.norm))),
+            "DIAGONAL": not cell.dense,
         }
         # Not as bytes: Triton cuts the operands of a product to the width of the narrowest value that went into them,
         # which for fp64 it then cannot compile.
@@ -78,6 +100,7 @@ class Work:
             "w": self.weights("w_hh"),
             "bias": self.weights("b_hh"),
             "w_hr": self.weights("w_hr"),
+            "gain_h": self.weights("ln_hh"),
             **_named(("h0", "c0"), tuple(s.contiguous() for s in inputs.states)),
             **_named(("restart_h", "restart_c"), tuple(s.contiguous() for s in inputs.reset_states)),
             "reset": reset,
@@ -85,6 +108,7 @@ class Work:
             "reset_group": 0 if reset is None else reset.stride(1),
             "lengths": None if inputs.lengths is None else inputs.lengths.contiguous(),
             "offsets": None if inputs.offsets is None else inputs.offsets.contiguous(),
+            **arguments(inputs, self.options),
         }
 
     @property
@@ -142,7 +166,7 @@ class Work:
         self, outputs: ScanOutputs, dy: Tensor, dfinal: tuple[Tensor, ...], dseq: tuple[Tensor, ...]
     ) -> ScanGrads:
         """Room for the gradients, and what they are made from."""
-        G, empty = len(self.cell.gates), torch.empty
+        G = len(self.cell.gates)
         device = self.inputs.gx.device
         dgx = self.new(G * self.H)
         dgh = self.new(G * self.H, wanted=bool(self.cell.split))
@@ -150,11 +174,19 @@ class Work:
         found = ScanGrads(
             dgx,
             dgh,
-            empty(0, dtype=self.dtype, device=device),
+            self.new(G * self.H, wanted=self.norm_h),
             self.new(self.P, wanted=self.project),
             tuple(d.clone(memory_format=torch.contiguous_format) for d in dfinal),
             tuple(torch.zeros(s.shape, dtype=s.dtype, device=device) for s in resets),
         )
+        if self.norm_h:
+            normed, scales = norms_of_products(self.inputs, outputs.y, self.inputs.spec)
+            self.arguments |= {"normed": normed, "norm_scales": scales, "dprod": found.dprod}
+        if self.small:
+            size = (self.N, len(self.small), self.inputs.B, self.H)
+            self.arguments["dsmall"] = torch.zeros(size, dtype=self.acc, device=device)
+        if has(self.options, PROJ_CLIP):
+            self.arguments["within"] = within_projection(self.inputs, outputs.hidden, self.arguments["w_hr"])
         dy = rows(dy)
         given = dseq[0] if dseq and dseq[0].dim() > 1 else None
         self.constants |= {"DY_ALIGNED": even(dy), "HAS_DSEQ": given is not None}
@@ -173,6 +205,18 @@ class Work:
             **_named(("drestart_h", "drestart_c"), found.dreset_states),
         }
         return found
+
+    def of_small(self) -> tuple[tuple[Tensor, ...], ...]:
+        """The gradients of the elementwise parameters and of ln_hh, when all kernels have run."""
+        found: dict[str, Tensor] = {}
+        if self.small:  # kernels have summed over time, for every batch row
+            sums = self.arguments["dsmall"].sum(2).to(self.dtype)
+            found |= {name: sums[:, k] for k, name in enumerate(self.small)}
+        if self.norm_h:
+            products = self.arguments["dgh"].to(self.acc) * self.arguments["normed"]
+            found["ln_hh"] = products.sum(0).to(self.dtype)
+        order = [name for name in self.spec.params if name in found]
+        return tuple(tuple(found[name][n] for name in order) for n in range(self.N))
 
 
 def _named(names: tuple[str, str], tensors: tuple[Tensor, ...]) -> dict[str, Tensor | None]:

@@ -5,24 +5,25 @@ from __future__ import annotations
 import triton
 import triton.language as tl  # noqa: F401  the interpreter looks for it in the globals of every kernel
 
-from rnnkern.cells.triton_math import d_relu, d_sigmoid, relu, sigmoid
+from rnnkern.cells.triton_math import d_relu, d_sigmoid, kept, relu, sigmoid
 
 
 @triton.jit
-def step(gx, gh, states):  # type: ignore[no-untyped-def]
+def step(gx, gh, states, aux):  # type: ignore[no-untyped-def]
     h0 = states[0]
     z = sigmoid(gx[0] + gh[0])
     n = relu(gx[1] + gh[1])
-    h = n + z * (h0 - n)
+    m = kept(n, aux)
+    h = m + z * (h0 - m)
     return (h,), (z, n)
 
 
 @triton.jit
-def step_backward(dstates, planes, states):  # type: ignore[no-untyped-def]
+def step_backward(dstates, planes, states, aux):  # type: ignore[no-untyped-def]
     dh = dstates[0]
     z, n = planes
     h0 = states[0]
-    dz = dh * (h0 - n) * d_sigmoid(z)
-    dn = d_relu(dh * (1.0 - z), n)
+    dz = dh * (h0 - kept(n, aux)) * d_sigmoid(z)
+    dn = d_relu(kept(dh * (1.0 - z), aux), n)
     dh0 = dh * z
-    return (dz, dn), (dz, dn), (dh0,)
+    return (dz, dn), (dz, dn), (dh0,), ()
