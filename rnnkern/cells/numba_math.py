@@ -91,3 +91,52 @@ def tanh(x):  # type: ignore[no-untyped-def]
     e = rest + (scale - type(x)(1))  # expm1: no cancellation near 0
     t = e / (e + type(x)(2))
     return t if x < type(x)(0) else -t
+
+
+@njit(**FAST)
+def clip(row, bound):  # type: ignore[no-untyped-def]
+    """The row within [-bound, bound], in place; a bound of 0 is none. NaN stays."""
+    if bound > 0:
+        for j in range(row.shape[0]):
+            v = row[j]
+            v = bound if v > bound else v
+            row[j] = -bound if v < -bound else v
+
+
+@njit(**FAST)
+def d_clip(d, raw, bound):  # type: ignore[no-untyped-def]
+    """d becomes the gradient at raw of ``clip(raw, bound)``; NaN lies outside of every bound."""
+    if bound > 0:
+        for j in range(d.shape[0]):
+            d[j] = d[j] if abs(raw[j]) <= bound else d.dtype.type(0)
+
+
+@njit(**FAST)
+def moments(row, eps):  # type: ignore[no-untyped-def]
+    """Mean and reciprocal deviation, of which layer norm is made."""
+    size, total = row.dtype.type(row.shape[0]), row.dtype.type(0)
+    for j in range(row.shape[0]):
+        total += row[j]
+    mean, square = total / size, row.dtype.type(0)
+    for j in range(row.shape[0]):
+        square += (row[j] - mean) * (row[j] - mean)
+    return mean, row.dtype.type(1) / np.sqrt(square / size + eps)
+
+
+@njit(**FAST)
+def d_normalise(d, v, gain, dgain, eps):  # type: ignore[no-untyped-def]
+    """d becomes the gradient at v of ``normalise(v) * gain``; that of gain is added to dgain.
+
+    d times gain is kept in memory before its mean is taken off: fused with that, the two would not cancel.
+    """
+    mean, scale = moments(v, eps)
+    size, total, slope = d.dtype.type(d.shape[0]), d.dtype.type(0), d.dtype.type(0)
+    for j in range(d.shape[0]):
+        dgain[j] += d[j] * ((v[j] - mean) * scale)
+        d[j] *= gain[j]
+    for j in range(d.shape[0]):
+        total += d[j]
+        slope += d[j] * ((v[j] - mean) * scale)
+    total, slope = total / size, slope / size
+    for j in range(d.shape[0]):
+        d[j] = scale * (d[j] - total - (v[j] - mean) * scale * slope)
