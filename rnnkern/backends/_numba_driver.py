@@ -34,7 +34,7 @@ from rnnkern.cells.lstm.numba_step import step as lstm_step
 from rnnkern.cells.lstm.numba_step import step_backward as lstm_step_backward
 from rnnkern.cells.mgu.numba_step import step as mgu_step
 from rnnkern.cells.mgu.numba_step import step_backward as mgu_step_backward
-from rnnkern.cells.numba_math import EXACT, FAST, clip, d_clip
+from rnnkern.cells.numba_math import CALLED, EXACT, FAST, clip, d_clip
 from rnnkern.cells.rnn.numba_step import relu_step, relu_step_backward, tanh_step, tanh_step_backward
 
 CELL_IDS = {"rnn_tanh": 0, "rnn_relu": 1, "lstm": 2, "gru": 3, "mgu": 4, "indrnn_tanh": 5, "indrnn_relu": 6, "ligru": 7}
@@ -204,7 +204,7 @@ def _clear(target):  # type: ignore[no-untyped-def]
         target[j] = 0
 
 
-@njit(nogil=True, **FAST)
+@njit(**CALLED)
 def enter(t, n, alive, offsets, order, reset, reset_h, reset_rest, h, rest):  # type: ignore[no-untyped-def]
     """Step 1 of the contract: states that enter rows with a reset are replaced."""
     for i in range(alive[t]):
@@ -213,7 +213,7 @@ def enter(t, n, alive, offsets, order, reset, reset_h, reset_rest, h, rest):  # 
             _copy_all(reset_rest[i], rest[i])
 
 
-@njit(nogil=True, **FAST)
+@njit(**CALLED)
 def forward(  # type: ignore[no-untyped-def]
     cell, n, first, last, reverse, fused, save_states, save_planes, rounding,
     alive, offsets, order, reset, reset_h, reset_rest,
@@ -224,7 +224,7 @@ def forward(  # type: ignore[no-untyped-def]
 
     Not fused: resets are done and gh is given, with options the product of o.left alone.
     """
-    T = alive.shape[0]
+    T, aux = alive.shape[0], None if o is None else o.aux
     project = w_hr_t.shape[0] > 0
     for k in range(first, last):
         t = T - 1 - k if reverse else k
@@ -245,11 +245,11 @@ def forward(  # type: ignore[no-untyped-def]
             r = offsets[t] + order[i]
             saved = planes[r, n] if save_planes else scratch
             if o is not None:
-                pre_activation(gh[i], bias, o)
-                keep_candidate(r, n, o)
+                pre_activation(gh[i], bias, o.edges, o.gain, o.aux.eps)
+                keep_candidate(r, n, o.aux.keep, o.candidate, o.scale_candidate)
                 if rest.shape[1] > 0:
                     _copy(rest[i, 0], o.entered)
-            _step(cell, gx[r, n], gh[i], h[i], rest[i], m[i], saved, o)
+            _step(cell, gx[r, n], gh[i], h[i], rest[i], m[i], saved, aux)
             if o is not None and rest.shape[1] > 0:
                 mix(r, n, o.entered, rest[i, 0], o.zoneout_c, o.share_c)
             if save_states:
@@ -277,7 +277,7 @@ def forward(  # type: ignore[no-untyped-def]
             _copy(h[i], y[offsets[t] + order[i], n])
 
 
-@njit(nogil=True, **FAST)
+@njit(**CALLED)
 def leave(t, n, alive, offsets, order, reset, dh, drest, dreset_h, dreset_rest):  # type: ignore[no-untyped-def]
     """Step 1 backwards: the gradient at a replaced state goes to its replacement."""
     for i in range(alive[t]):
@@ -289,7 +289,7 @@ def leave(t, n, alive, offsets, order, reset, dh, drest, dreset_h, dreset_rest):
                 _clear(drest[i, k])
 
 
-@njit(nogil=True, **FAST)
+@njit(**CALLED)
 def backward(  # type: ignore[no-untyped-def]
     cell, n, first, last, reverse, fused, split,
     alive, offsets, order, lengths, reset, reset_h, reset_rest,
@@ -301,7 +301,7 @@ def backward(  # type: ignore[no-untyped-def]
     Not fused: adding ``d @ w`` to dh, with options by way of o.left and `carry`, then `leave` and, with options,
     `bound` are left to the caller.
     """
-    T = alive.shape[0]
+    T, aux = alive.shape[0], None if o is None else o.aux
     project = w_hr.shape[0] > 0
     for k in range(last - 1, first - 1, -1):
         t = T - 1 - k if reverse else k
@@ -334,17 +334,19 @@ def backward(  # type: ignore[no-untyped-def]
                 h, rest = y[p, n], seq[p, n]
             _clear(dh[i])
             if o is not None:
-                keep_candidate(r, n, o)
+                keep_candidate(r, n, o.aux.keep, o.candidate, o.scale_candidate)
                 if rest.shape[0] > 0:
                     d_mix(r, n, drest[i, 0], o.entered, o.zoneout_c, o.share_c)
             if split:
-                _step_backward(cell, dm[i], drest[i], planes[r, n], h, rest, dgx[r, n], d[i], dh[i], o)
+                _step_backward(cell, dm[i], drest[i], planes[r, n], h, rest, dgx[r, n], d[i], dh[i], aux)
                 _copy(d[i], dgh[r, n])
             else:
-                _step_backward(cell, dm[i], drest[i], planes[r, n], h, rest, d[i], d[i], dh[i], o)
+                _step_backward(cell, dm[i], drest[i], planes[r, n], h, rest, d[i], d[i], dh[i], aux)
                 _copy(d[i], dgx[r, n])
             if o is not None:
-                d_pre_activation(r, n, d[i], o)
+                if o.dprod.shape[0] > 0:
+                    d_pre_activation(d[i], o.product[r], o.edges, o.gain, o.dgain, o.aux.eps)
+                    _copy(d[i], o.dprod[r, n])
                 if rest.shape[0] > 0:
                     _add(o.entered, drest[i, 0])
         if fused:
@@ -358,7 +360,7 @@ def backward(  # type: ignore[no-untyped-def]
             if reset.shape[0] > 0:
                 leave(t, n, alive, offsets, order, reset, dh, drest, dreset_h, dreset_rest)
             if o is not None:
-                bound(t, alive, dh, drest, o)
+                bound(t, alive, dh, drest, o.grad_clip)
 
 
 cached(enter, forward, leave, backward, drop, carry, bound)

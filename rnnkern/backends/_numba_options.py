@@ -11,42 +11,48 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from rnnkern.cells.numba_math import FAST, clip, d_normalise, moments
+from rnnkern.cells.numba_math import CALLED, FAST, clip, d_normalise, moments
+
+
+class Aux(NamedTuple):
+    """What a cell's step may need besides its inputs and states."""
+
+    keep: np.ndarray  # [H] the factors of the row's candidate
+    cell_clip: np.floating  # 0: off
+    eps: np.floating  # of layer norm
+    peeps: bool  # whether there are peepholes, and layer norm of c
+    norms: bool
+    small: np.ndarray  # [5, H] peepholes of i, f, o; gain and shift of c
+    dsmall: np.ndarray  # their gradients, added up in a backward
+    work: np.ndarray  # [3, H]
 
 
 class Options(NamedTuple):
     """Of one group. Masks are bytes, the rest is of the compute dtype; what is absent has no rows."""
 
+    aux: Aux
     keep_h: np.ndarray  # [B, P], of work rows
     keep_step: np.ndarray  # [S, N, P]
     candidate: np.ndarray  # [S, N, H]
     zoneout_h: np.ndarray  # [S, N, P]
     zoneout_c: np.ndarray  # [S, N, H]
-    scale_h: np.floating  # what each of the first three masks keeps is multiplied by it
+    scale_h: np.floating  # what each of the first three keeps is multiplied by it
     scale_step: np.floating
     scale_candidate: np.floating
     share_h: np.floating  # zoneout's fixed mixture; 0: off, as for the bounds
     share_c: np.floating
-    cell_clip: np.floating
     proj_clip: np.floating
     grad_clip: np.floating
-    eps: np.floating  # of layer norm
     edges: np.ndarray  # [parts + 1] columns of gh between which layer norm is taken
     gain: np.ndarray  # [G*H] ln_hh
-    peepholes: np.ndarray  # [3, H] of i, f, o
-    norm_c: np.ndarray  # [2, H] gain and bias
     left: np.ndarray  # [B, P] h as it meets w_hh, then as it entered; in a backward the gradient of the former
-    keep: np.ndarray  # [H] the factors of the row's candidate
     entered: np.ndarray  # [H] the row's c as it entered; in a backward what of its gradient goes past the step
-    work: np.ndarray  # [3, H] for the cell
     # In a backward:
     product: np.ndarray  # [S, G*H] what layer norm was taken of
     projected: np.ndarray  # [S, P] h before the clip of its projection
     past: np.ndarray  # [B, P] the gradient of h that goes past the step
     dprod: np.ndarray  # [S, N, G*H]
     dgain: np.ndarray
-    dpeepholes: np.ndarray
-    dnorm_c: np.ndarray
 
 
 @njit(**FAST)
@@ -56,71 +62,68 @@ def _keep(row, mask, scale):  # type: ignore[no-untyped-def]
 
 
 @njit(**FAST)
-def _keep_left(r, n, i, o):  # type: ignore[no-untyped-def]
-    if o.keep_h.shape[0] > 0:
-        _keep(o.left[i], o.keep_h[i], o.scale_h)
-    if o.keep_step.shape[0] > 0:
-        _keep(o.left[i], o.keep_step[r, n], o.scale_step)
+def _keep_left(r, n, i, left, keep_h, scale_h, keep_step, scale_step):  # type: ignore[no-untyped-def]
+    if keep_h.shape[0] > 0:
+        _keep(left[i], keep_h[i], scale_h)
+    if keep_step.shape[0] > 0:
+        _keep(left[i], keep_step[r, n], scale_step)
 
 
-@njit(nogil=True, **FAST)
+@njit(**CALLED)
 def drop(t, n, alive, offsets, order, h, o):  # type: ignore[no-untyped-def]
     """o.left of step t."""
     for i in range(alive[t]):
         for j in range(h.shape[1]):
             o.left[i, j] = h[i, j]
-        _keep_left(offsets[t] + order[i], n, i, o)
+        _keep_left(offsets[t] + order[i], n, i, o.left, o.keep_h, o.scale_h, o.keep_step, o.scale_step)
 
 
-@njit(nogil=True, **FAST)
+@njit(**CALLED)
 def carry(t, n, alive, offsets, order, dh, o):  # type: ignore[no-untyped-def]
     """Adds to dh what comes through o.left and what went past the step."""
     for i in range(alive[t]):
-        _keep_left(offsets[t] + order[i], n, i, o)
+        _keep_left(offsets[t] + order[i], n, i, o.left, o.keep_h, o.scale_h, o.keep_step, o.scale_step)
         for j in range(dh.shape[1]):
             dh[i, j] += o.left[i, j] + o.past[i, j]
 
 
-@njit(nogil=True, **FAST)
-def bound(t, alive, dh, drest, o):  # type: ignore[no-untyped-def]
+@njit(**CALLED)
+def bound(t, alive, dh, drest, limit):  # type: ignore[no-untyped-def]
     """Clips the gradients that leave step t."""
-    if o.grad_clip > 0:
+    if limit > 0:
         for i in range(alive[t]):
-            clip(dh[i], o.grad_clip)
+            clip(dh[i], limit)
             for k in range(drest.shape[1]):
-                clip(drest[i, k], o.grad_clip)
+                clip(drest[i, k], limit)
 
 
 @njit(**FAST)
-def pre_activation(gh, bias, o):  # type: ignore[no-untyped-def]
+def pre_activation(gh, bias, edges, gain, eps):  # type: ignore[no-untyped-def]
     """From a row of products to gh, in place."""
-    for k in range(o.edges.shape[0] - 1):
-        part, gain = gh[o.edges[k] : o.edges[k + 1]], o.gain[o.edges[k] : o.edges[k + 1]]
-        mean, scale = moments(part, o.eps)
+    for k in range(edges.shape[0] - 1):
+        part, part_gain = gh[edges[k] : edges[k + 1]], gain[edges[k] : edges[k + 1]]
+        mean, scale = moments(part, eps)
         for j in range(part.shape[0]):
-            part[j] = (part[j] - mean) * scale * gain[j]
+            part[j] = (part[j] - mean) * scale * part_gain[j]
     for j in range(gh.shape[0]):
         gh[j] += bias[j]
 
 
 @njit(**FAST)
-def d_pre_activation(r, n, d, o):  # type: ignore[no-untyped-def]
-    """From the gradients at gh to those at the product, in place."""
-    for k in range(o.edges.shape[0] - 1):
-        first, last = o.edges[k], o.edges[k + 1]
-        d_normalise(d[first:last], o.product[r, first:last], o.gain[first:last], o.dgain[first:last], o.eps)
-    if o.dprod.shape[0] > 0:
-        for j in range(d.shape[0]):
-            o.dprod[r, n, j] = d[j]
+def d_pre_activation(d, product, edges, gain, dgain, eps):  # type: ignore[no-untyped-def]
+    """From the gradients of gh to those of the product, in place."""
+    for k in range(edges.shape[0] - 1):
+        first, last = edges[k], edges[k + 1]
+        d_normalise(d[first:last], product[first:last], gain[first:last], dgain[first:last], eps)
 
 
 @njit(**FAST)
-def keep_candidate(r, n, o):  # type: ignore[no-untyped-def]
-    """o.keep of a row; without a mask it holds ones."""
-    if o.candidate.shape[0] > 0:
-        for j in range(o.keep.shape[0]):
-            o.keep[j] = 1
-        _keep(o.keep, o.candidate[r, n], o.scale_candidate)
+def keep_candidate(r, n, keep, masks, scale):  # type: ignore[no-untyped-def]
+    """The factors of a row; without a mask they stay what they are."""
+    if masks.shape[0] > 0:
+        for j in range(keep.shape[0]):
+            keep[j] = 1
+        _keep(keep, masks[r, n], scale)
 
 
 @njit(**FAST)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rnnkern._weights import Entering
 from rnnkern.backends import _numba_driver as driver
-from rnnkern.backends._numba_options import Options
+from rnnkern.backends._numba_options import Aux, Options
 from rnnkern.backends.base import ScanGrads, ScanInputs, ScanOutputs, accumulation_dtype
 from rnnkern.cells import CELLS
 
@@ -24,8 +24,7 @@ _ROUNDING = {torch.bfloat16: driver.ROUND_BF16, torch.float16: driver.ROUND_FP16
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _LARGE = 3 << 20  # multiply-adds in a step from which torch.mm and its call overhead beat the loop
 _PARAMS = ("w_hh", "b_hh", "w_hr", "ln_hh")
-_PEEPHOLES, _NORM_C = ("peephole_i", "peephole_f", "peephole_o"), ("ln_c", "ln_c_bias")
-_SMALL = (*_PEEPHOLES, *_NORM_C)
+_SMALL = ("peephole_i", "peephole_f", "peephole_o", "ln_c", "ln_c_bias")
 _NO_RESET = np.empty((0, 0), np.bool_)
 
 
@@ -138,10 +137,8 @@ class _Beyond:
             "scale_candidate": scales.get("candidate", 1.0),
             "share_h": spec.zoneout[0],
             "share_c": spec.zoneout[1],
-            "cell_clip": spec.cell_clip,
             "proj_clip": spec.proj_clip,
             "grad_clip": spec.grad_clip,
-            "eps": spec.eps,
         }
         self.numbers = {name: scalar(value) for name, value in self.numbers.items()}
         self.normed = "ln_hh" in spec.params
@@ -152,32 +149,40 @@ class _Beyond:
     def of(inputs: ScanInputs, work: _Work) -> _Beyond | None:
         spec = inputs.spec
         numbers = (*spec.zoneout, spec.cell_clip, spec.proj_clip, spec.grad_clip)
-        small = set(spec.params) - set(_PARAMS[:3])
+        small = {"ln_hh", *_SMALL}.intersection(spec.params)
         return _Beyond(inputs, work) if spec.noise or any(numbers) or small else None
 
     def mask(self, name: str, width: int) -> np.ndarray:
         return self.masks[name] if name in self.masks else np.empty((0, self.work.N, width), np.uint8)
 
-    def small(self, params: dict[str, Tensor], names: tuple[str, ...]) -> np.ndarray:
-        """[parameters, H]"""
-        if names[0] not in params:
-            return self.nothing(self.work.H)
-        return torch.stack([params[name] for name in names]).numpy()
-
     def nothing(self, *shape: int) -> np.ndarray:
         return np.empty((0, *shape), self.work.states[0].dtype)
+
+    def aux(self, params: dict[str, Tensor]) -> Aux:
+        work, spec, kind = self.work, self.inputs.spec, self.work.states[0].dtype
+        small = np.zeros((len(_SMALL), work.H), kind)
+        for k, name in enumerate(_SMALL):
+            if name in params:
+                small[k] = params[name].numpy()
+        return Aux(
+            keep=np.ones(work.H, kind),
+            cell_clip=kind.type(spec.cell_clip),
+            eps=kind.type(spec.eps),
+            peeps="peephole_i" in params,
+            norms="ln_c" in params,
+            small=small,
+            dsmall=np.zeros_like(small),
+            work=np.empty((3, work.H), kind),
+        )
 
     def group(self, n: int, params: dict[str, Tensor], **back: np.ndarray) -> Options:
         """Those of group n; `back` has what a backward needs besides."""
         work, order = self.work, self.work.rows.order
-        H, P, N, width, kind = work.H, work.P, work.N, work.width, work.states[0].dtype
-        sequence = self.masks["h"][n, order] if "h" in self.masks else np.empty((0, P), np.uint8)
-        rows = np.ones((5, H), kind)
-        shapes = {"product": (width,), "projected": (P,), "past": (P,), "dprod": (N, width)}
-        absent = {name: self.nothing(*shape) for name, shape in shapes.items()}
-        sums = {"dgain": self.nothing(), "dpeepholes": self.nothing(H), "dnorm_c": self.nothing(H)}
+        H, P, N, width = work.H, work.P, work.N, work.width
+        shapes = {"product": (width,), "projected": (P,), "past": (P,), "dprod": (N, width), "dgain": ()}
         return Options(
-            keep_h=sequence,
+            aux=self.aux(params),
+            keep_h=self.masks["h"][n, order] if "h" in self.masks else np.empty((0, P), np.uint8),
             keep_step=self.mask("h_step", P),
             candidate=self.mask("candidate", H),
             zoneout_h=self.mask("zoneout_h", P),
@@ -185,38 +190,31 @@ class _Beyond:
             **self.numbers,
             edges=self.edges,
             gain=params["ln_hh"].contiguous().numpy() if self.normed else self.nothing(),
-            peepholes=self.small(params, _PEEPHOLES),
-            norm_c=self.small(params, _NORM_C),
             left=work.buffer(P),
-            keep=rows[0],
-            entered=rows[1],
-            work=rows[2:],
-            **(absent | sums | back),
+            entered=np.empty(H, work.states[0].dtype),
+            **({name: self.nothing(*shape) for name, shape in shapes.items()} | back),
         )
 
     def group_back(
         self, n: int, params: dict[str, Tensor], entering: Entering, hidden: Tensor, dprod: np.ndarray
     ) -> Options:
-        """The same for a backward: with what the forward did not save, and room for sums."""
+        """The same for a backward, with what the forward did not save."""
         back = {"past": self.work.buffer(self.work.P), "dprod": dprod}
         if self.normed:
             h, w = entering(n), params["w_hh"]
             back["product"] = (h @ w.t() if self.work.dense else h * w).contiguous().numpy()
+            back["dgain"] = np.zeros(self.work.width, self.work.states[0].dtype)
         if self.work.project and self.inputs.spec.proj_clip:
             back["projected"] = (hidden[:, n].to(self.work.dtype) @ params["w_hr"].t()).numpy()
-        o = self.group(n, params, **back)
-        return o._replace(
-            dgain=np.zeros_like(o.gain), dpeepholes=np.zeros_like(o.peepholes), dnorm_c=np.zeros_like(o.norm_c)
-        )
+        return self.group(n, params, **back)
 
     def sums(self, o: Options) -> tuple[Tensor, ...]:
         """Gradients of the parameters that the loops sum themselves, in the order of spec.params."""
-        rows = dict(zip(_PEEPHOLES, o.dpeepholes, strict=False)) | dict(zip(_NORM_C, o.dnorm_c, strict=False))
-        rows["ln_hh"] = o.dgain
+        rows = dict(zip(_SMALL, o.aux.dsmall, strict=True)) | {"ln_hh": o.dgain}
         return tuple(
             torch.from_numpy(rows[name]).to(value.dtype)
             for name, value in zip(self.inputs.spec.params, self.inputs.params[0], strict=True)
-            if name not in _PARAMS[:3]
+            if name in rows
         )
 
 
@@ -357,10 +355,10 @@ class NumbaBackend:
                     if inputs.reset is not None:
                         driver.leave(t, n, *where, work.reset, dh, drest, *dreplace)
                     if o is not None:
-                        driver.bound(t, rows.alive, dh, drest, o)
+                        driver.bound(t, rows.alive, dh, drest, o.grad_clip)
             work.place(dh, drest, n, dstates)
             work.place(dreplace[0], dreplace[1], n, dreset_states)
-            dsmall.append(() if beyond is None else beyond.sums(o))
+            dsmall.append(() if beyond is None or o is None else beyond.sums(o))
 
         storage, empty = work.storage, torch.empty(0, dtype=work.storage)
         return ScanGrads(

@@ -15,9 +15,11 @@ from numba.extending import overload
 
 # Contraction only: `reassoc` would fold the two-part ln2 and the rounding shifts away. Said explicitly, for a function
 # without flags takes those of its caller.
-EXACT: dict[str, Any] = {"fastmath": {"contract"}, "error_model": "numpy"}
+_INNER = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}  # wrappers take half of a compilation
+EXACT: dict[str, Any] = {"fastmath": {"contract"}, **_INNER}
 # NaN and Inf must survive, so neither nnan nor ninf.
-FAST: dict[str, Any] = {"fastmath": {"contract", "reassoc", "arcp", "nsz"}, "error_model": "numpy"}
+FAST: dict[str, Any] = {"fastmath": {"contract", "reassoc", "arcp", "nsz"}, **_INNER}
+CALLED: dict[str, Any] = {**FAST, "nogil": True, "no_cpython_wrapper": False}  # from Python
 
 
 @njit(**EXACT)

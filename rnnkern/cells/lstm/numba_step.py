@@ -65,14 +65,14 @@ def _plain_step_backward(dm, drest, planes, rest, dgx):  # type: ignore[no-untyp
 
 @njit(**FAST)
 def _optional_step(gx, gh, rest, m, planes, aux):  # type: ignore[no-untyped-def]
-    H, peeps = m.shape[0], aux.peepholes
+    H, small = m.shape[0], aux.small
     xi, xf, xg, xo = gx[:H], gx[H : 2 * H], gx[2 * H : 3 * H], gx[3 * H :]
     hi, hf, hg, ho = gh[:H], gh[H : 2 * H], gh[2 * H : 3 * H], gh[3 * H :]
     c, pi, pf, pg, po = rest[0], planes[0], planes[1], planes[2], planes[3]
-    if peeps.shape[0] > 0:
+    if aux.peeps:
         for j in range(H):
-            hi[j] += peeps[0, j] * c[j]
-            hf[j] += peeps[1, j] * c[j]
+            hi[j] += small[0, j] * c[j]
+            hf[j] += small[1, j] * c[j]
     for j in range(H):
         i = sigmoid(xi[j] + hi[j])
         f = sigmoid(xf[j] + hf[j])
@@ -82,9 +82,9 @@ def _optional_step(gx, gh, rest, m, planes, aux):  # type: ignore[no-untyped-def
         pf[j] = f
         pg[j] = g
     clip(c, aux.cell_clip)
-    if peeps.shape[0] > 0:
+    if aux.peeps:
         for j in range(H):
-            ho[j] += peeps[2, j] * c[j]
+            ho[j] += small[2, j] * c[j]
     _output(c, m, aux)
     for j in range(H):
         o = sigmoid(xo[j] + ho[j])
@@ -95,8 +95,8 @@ def _optional_step(gx, gh, rest, m, planes, aux):  # type: ignore[no-untyped-def
 @njit(**FAST)
 def _output(c, v, aux):  # type: ignore[no-untyped-def]
     """v: what of c goes through tanh."""
-    if aux.norm_c.shape[0] > 0:
-        gain, shift = aux.norm_c[0], aux.norm_c[1]
+    if aux.norms:
+        gain, shift = aux.small[3], aux.small[4]
         mean, scale = moments(c, aux.eps)
         for j in range(v.shape[0]):
             v[j] = (c[j] - mean) * scale * gain[j] + shift[j]
@@ -110,7 +110,7 @@ def _optional_step_backward(dm, drest, planes, rest, dgx, aux):  # type: ignore[
     H, one = dm.shape[0], dm.dtype.type(1)  # a bare 1 is an int64 and would make sums fp64
     pi, pf, pg, po = planes[0], planes[1], planes[2], planes[3]
     di, df, dg, do = dgx[:H], dgx[H : 2 * H], dgx[2 * H : 3 * H], dgx[3 * H :]
-    c0, dc, keep, peeps, dpeeps = rest[0], drest[0], aux.keep, aux.peepholes, aux.dpeepholes
+    c0, dc, keep, small, dsmall = rest[0], drest[0], aux.keep, aux.small, aux.dsmall
     raw, c, v = aux.work[0], aux.work[1], aux.work[2]
     for j in range(H):
         raw[j] = pf[j] * c0[j] + pi[j] * (pg[j] * keep[j])
@@ -121,17 +121,16 @@ def _optional_step_backward(dm, drest, planes, rest, dgx, aux):  # type: ignore[
         o, u = po[j], tanh(v[j])
         do[j] = dm[j] * u * (o * (one - o))
         v[j] = dm[j] * o * (one - u * u)
-    if aux.norm_c.shape[0] > 0:
-        dshift = aux.dnorm_c[1]
+    if aux.norms:
         for j in range(H):
-            dshift[j] += v[j]
-        d_normalise(v, c, aux.norm_c[0], aux.dnorm_c[0], aux.eps)
+            dsmall[4, j] += v[j]
+        d_normalise(v, c, small[3], dsmall[3], aux.eps)
     for j in range(H):
         dc[j] += v[j]
-    if peeps.shape[0] > 0:
+    if aux.peeps:
         for j in range(H):
-            dc[j] += do[j] * peeps[2, j]
-            dpeeps[2, j] += do[j] * c[j]
+            dc[j] += do[j] * small[2, j]
+            dsmall[2, j] += do[j] * c[j]
     d_clip(dc, raw, aux.cell_clip)
     for j in range(H):
         i, f, g, d = pi[j], pf[j], pg[j], dc[j]
@@ -139,8 +138,8 @@ def _optional_step_backward(dm, drest, planes, rest, dgx, aux):  # type: ignore[
         df[j] = d * c0[j] * (f * (one - f))
         dg[j] = d * (i * keep[j]) * (one - g * g)
         dc[j] = d * f
-    if peeps.shape[0] > 0:
+    if aux.peeps:
         for j in range(H):
-            dc[j] += di[j] * peeps[0, j] + df[j] * peeps[1, j]
-            dpeeps[0, j] += di[j] * c0[j]
-            dpeeps[1, j] += df[j] * c0[j]
+            dc[j] += di[j] * small[0, j] + df[j] * small[1, j]
+            dsmall[0, j] += di[j] * c0[j]
+            dsmall[1, j] += df[j] * c0[j]
