@@ -155,7 +155,7 @@ def test_options_and_less_memory_change_nothing_from_backend_to_backend(kind: st
     given = {"recurrent_dropout": 0.3, "zoneout": 0.2, "weight_dropout": 0.1, "grad_clip": 0.5, "dropout": 0.1}
     module, x = make(kind, I, H, 2, **given), draw(T, B, I)
     found = []
-    for name in ("reference", None if backend in ("numba", "triton") else backend):  # Numba has none of these options
+    for name in ("reference", None if backend == "triton" else backend):
         module.memory = "save" if name == "reference" else "recompute"
         torch.manual_seed(4)
         with rnnkern.use_backend(name):

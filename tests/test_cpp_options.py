@@ -3,49 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import random
 
 import pytest
 import torch
-from scans import Case, agree, inputs_of, run
+from scans import Case, agree, inputs_of, run, with_options
 from test_cpp import cases, every_isa, expected
 
-from rnnkern.backends.base import ScanInputs
 from rnnkern.backends.cpp import Cpp
-from rnnkern.cells import CELLS
-
-
-def with_options(case: Case) -> ScanInputs:
-    """The case's scan with some of the options, in other company from case to case."""
-    inputs, cell = inputs_of(case), CELLS[case.cell]
-    rng, generator = random.Random(str(case)), torch.Generator().manual_seed(case.seed)
-    (S, N, width), B, P = inputs.gx.shape, inputs.B, inputs.states[0].shape[-1]
-    H, two = width // len(cell.gates), len(cell.states) > 1
-    sizes = {"h": (N, B, P), "h_step": (S, N, P), "zoneout_h": (S, N, P), "zoneout_c": (S, N, H)}
-    sizes |= {name: (S, N, H) for name in cell.masks}
-    names = [name for name in sizes if (two or name != "zoneout_c") and rng.random() < 0.5]
-    kinds = [kind for kind in ("ln_hh", "peephole", "ln_c") if rng.random() < 0.4]
-    small = [p for p in ("ln_hh", *cell.small) if p.startswith(tuple(kinds))]
-    params = tuple(
-        (
-            *group,
-            *((torch.randn(width if p == "ln_hh" else H, generator=generator) / 2 + 1).to(case.dtype) for p in small),
-        )
-        for group in inputs.params
-    )
-    share = (rng.choice([0.0, 0.3]), rng.choice([0.0, 0.2]) if two else 0.0)
-    spec = dataclasses.replace(
-        inputs.spec,
-        noise=tuple(names),
-        scales=tuple(1.0 if name.startswith("zoneout") else 1 / 0.7 for name in names),
-        zoneout=share,
-        params=(*inputs.spec.params, *small),
-        cell_clip=rng.choice([0.0, 0.5]) if two else 0.0,
-        proj_clip=rng.choice([0.0, 0.5]) if "w_hr" in inputs.spec.params else 0.0,
-        grad_clip=rng.choice([0.0, 0.5]),
-    )
-    noise = tuple(torch.rand(sizes[name], generator=generator) < 0.7 for name in names)
-    return dataclasses.replace(inputs, spec=spec, noise=noise, params=params)
 
 
 @every_isa

@@ -87,6 +87,7 @@ def test_whatever_the_driver_reaches_is_part_of_the_key(package: Path) -> None:
         (math, "if x == types.float32:", "if x == types.float64:"),  # in an overload's choice
         (math, '"arcp", "nsz"}', '"arcp"}'),  # a compiler flag
         (package / "rnnkern/backends/_numba_driver.py", "_BLOCK = 512", "_BLOCK = 256"),  # a global constant
+        (package / "rnnkern/backends/_numba_options.py", "    gain: np", "    gains: np"),  # a named tuple's field
     ):
         edit(file, old, new)
         now = python(package, FINGERPRINT)[0]

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from rnnkern.cells.numba_math import CALLED, FAST, clip, d_normalise, moments
+from rnnkern.cells.numba_math import CALLED, EXACT, FAST, clip, d_normalise, moments
 
 
 class Aux(NamedTuple):
@@ -126,7 +126,8 @@ def keep_candidate(r, n, keep, masks, scale):  # type: ignore[no-untyped-def]
         _keep(keep, masks[r, n], scale)
 
 
-@njit(**FAST)
+# Not FAST: old and now would meet in one difference, which of two infinities is NaN.
+@njit(**EXACT)
 def mix(r, n, old, now, masks, share):  # type: ignore[no-untyped-def]
     """Zoneout of a row: now becomes old where it stays, or a share of it."""
     if masks.shape[0] > 0:

@@ -13,9 +13,10 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
+# Wrappers for callers in Python and C cost as much to compile as a small function: only what is CALLED has one.
+_INNER = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 # Contraction only: `reassoc` would fold the two-part ln2 and the rounding shifts away. Said explicitly, for a function
 # without flags takes those of its caller.
-_INNER = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}  # wrappers take half of a compilation
 EXACT: dict[str, Any] = {"fastmath": {"contract"}, **_INNER}
 # NaN and Inf must survive, so neither nnan nor ninf.
 FAST: dict[str, Any] = {"fastmath": {"contract", "reassoc", "arcp", "nsz"}, **_INNER}
