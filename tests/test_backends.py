@@ -28,6 +28,7 @@ from scans import (
     inputs_of,
     run,
     wide,
+    with_options,
 )
 from torch import Tensor
 
@@ -214,6 +215,16 @@ def test_options_are_done_as_the_reference_does_them_or_refused(scan: Backend, c
     refused = REFERENCE.unsupported(inputs)
     if refused or (prefix and not extra):
         pytest.skip(f"not an option of {cell}")
+    reasons = scan.unsupported(inputs)
+    if reasons:
+        pytest.skip(f"{scan.name}: {'; '.join(reasons)}")
+    compare(scan, inputs, gradients_of(case, inputs))
+
+
+@pytest.mark.parametrize("case", drawn(3, AXES), ids=str)
+def test_options_in_company(scan: Backend, case: Case) -> None:
+    """Some of them at a time; tests/test_cpp_options.py has more of the C++ backend's."""
+    inputs = with_options(case)
     reasons = scan.unsupported(inputs)
     if reasons:
         pytest.skip(f"{scan.name}: {'; '.join(reasons)}")

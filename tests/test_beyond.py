@@ -158,7 +158,7 @@ def test_options_and_less_memory_change_nothing_from_backend_to_backend(kind: st
         given |= {"zoneout": 0.0, "recurrent_dropout_mode": "candidate"}
     module, x = make(kind, I, H, 2, **given), draw(T, B, I)
     found = []
-    for name in ("reference", None if backend in ("numba", "triton") else backend):  # Numba has none of these options
+    for name in ("reference", None if backend == "triton" else backend):
         module.memory = "save" if name == "reference" else "recompute"
         torch.manual_seed(4)
         with rnnkern.use_backend(name):

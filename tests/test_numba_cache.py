@@ -82,11 +82,12 @@ def test_whatever_the_driver_reaches_is_part_of_the_key(package: Path) -> None:
         step.write("# a comment changes no code\n")
     assert python(package, FINGERPRINT)[0] == seen[0]
     for file, old, new in (
-        (package / "rnnkern/cells/lstm/numba_step.py", "dc[j] = d * f", "dc[j] = d * i"),
+        (package / "rnnkern/cells/lstm/numba_step.py", "u = tanh(f * c[j] + i * g)", "u = tanh(f * c[j] - i * g)"),
         (math, "np.float32(1 / 5040)", "np.float32(1 / 5041)"),  # a constant in a function that a step calls
         (math, "if x == types.float32:", "if x == types.float64:"),  # in an overload's choice
         (math, '"arcp", "nsz"}', '"arcp"}'),  # a compiler flag
         (package / "rnnkern/backends/_numba_driver.py", "_BLOCK = 512", "_BLOCK = 256"),  # a global constant
+        (package / "rnnkern/backends/_numba_options.py", "    gain: np", "    gains: np"),  # a named tuple's field
     ):
         edit(file, old, new)
         now = python(package, FINGERPRINT)[0]

@@ -56,6 +56,8 @@ def fingerprint(module: str) -> str:
                 if home != name:
                     continue
                 text = "".join(_describe(function.__code__)) + _options(value)
+            elif isinstance(value, type) and value.__module__ == name:
+                text = repr(getattr(value, "_fields", ()))  # of a named tuple: functions know the names, not the places
             elif not key.startswith("__") and (_flat(value) or isinstance(value, dict)):
                 text = _text(value) if _flat(value) else repr(sorted((str(k), _text(v)) for k, v in value.items()))
             else:

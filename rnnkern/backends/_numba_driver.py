@@ -6,7 +6,8 @@ which has all of torch's threads; numba.py then calls the loops step by step wit
 
 Arrays are C-contiguous; ``rows`` below are [S, N, ...] tensors, and the work arrays [B, ...] hold the batch rows sorted
 by descending length: at time t the first ``alive[t]`` of them exist, and row i lies at ``offsets[t] + order[i]``.
-``rest`` is all states but h, ``[B, K - 1, H]``; ``k`` counts steps in the group's own direction.
+``rest`` is all states but h, ``[B, K - 1, H]``; ``k`` counts steps in the group's own direction. ``o`` are the options
+of _numba_options.py, or None.
 """
 
 from __future__ import annotations
@@ -15,6 +16,16 @@ import numpy as np
 from numba import njit
 
 from rnnkern.backends._numba_cache import cached
+from rnnkern.backends._numba_options import (
+    bound,
+    carry,
+    d_mix,
+    d_pre_activation,
+    drop,
+    keep_candidate,
+    mix,
+    pre_activation,
+)
 from rnnkern.cells.gru.numba_step import step as gru_step
 from rnnkern.cells.gru.numba_step import step_backward as gru_step_backward
 from rnnkern.cells.ligru.numba_step import step as ligru_step
@@ -23,7 +34,7 @@ from rnnkern.cells.lstm.numba_step import step as lstm_step
 from rnnkern.cells.lstm.numba_step import step_backward as lstm_step_backward
 from rnnkern.cells.mgu.numba_step import step as mgu_step
 from rnnkern.cells.mgu.numba_step import step_backward as mgu_step_backward
-from rnnkern.cells.numba_math import EXACT, FAST
+from rnnkern.cells.numba_math import CALLED, EXACT, FAST, clip, d_clip
 from rnnkern.cells.rnn.numba_step import relu_step, relu_step_backward, tanh_step, tanh_step_backward
 from rnnkern.cells.slstm.numba_step import step as slstm_step
 from rnnkern.cells.slstm.numba_step import step_backward as slstm_step_backward
@@ -38,39 +49,39 @@ _BLOCK = 512  # columns of a product done at a time: four rows of them stay in t
 
 
 @njit(**FAST)
-def _step(cell, gx, gh, h, rest, m, planes):  # type: ignore[no-untyped-def]
+def _step(cell, gx, gh, h, rest, m, planes, aux):  # type: ignore[no-untyped-def]
     if cell == 0 or cell == 5:
-        tanh_step(gx, gh, h, rest, m, planes)
+        tanh_step(gx, gh, h, rest, m, planes, aux)
     elif cell == 1 or cell == 6:
-        relu_step(gx, gh, h, rest, m, planes)
+        relu_step(gx, gh, h, rest, m, planes, aux)
     elif cell == 2:
-        lstm_step(gx, gh, h, rest, m, planes)
+        lstm_step(gx, gh, h, rest, m, planes, aux)
     elif cell == 3:
-        gru_step(gx, gh, h, rest, m, planes)
+        gru_step(gx, gh, h, rest, m, planes, aux)
     elif cell == 4:
-        mgu_step(gx, gh, h, rest, m, planes)
+        mgu_step(gx, gh, h, rest, m, planes, aux)
     elif cell == 7:
-        ligru_step(gx, gh, h, rest, m, planes)
+        ligru_step(gx, gh, h, rest, m, planes, aux)
     else:
-        slstm_step(gx, gh, h, rest, m, planes)
+        slstm_step(gx, gh, h, rest, m, planes, aux)
 
 
 @njit(**FAST)
-def _step_backward(cell, dm, drest, planes, h, rest, dgx, dgh, dh):  # type: ignore[no-untyped-def]
+def _step_backward(cell, dm, drest, planes, h, rest, dgx, dgh, dh, aux):  # type: ignore[no-untyped-def]
     if cell == 0 or cell == 5:
-        tanh_step_backward(dm, drest, planes, h, rest, dgx, dgh, dh)
+        tanh_step_backward(dm, drest, planes, h, rest, dgx, dgh, dh, aux)
     elif cell == 1 or cell == 6:
-        relu_step_backward(dm, drest, planes, h, rest, dgx, dgh, dh)
+        relu_step_backward(dm, drest, planes, h, rest, dgx, dgh, dh, aux)
     elif cell == 2:
-        lstm_step_backward(dm, drest, planes, h, rest, dgx, dgh, dh)
+        lstm_step_backward(dm, drest, planes, h, rest, dgx, dgh, dh, aux)
     elif cell == 3:
-        gru_step_backward(dm, drest, planes, h, rest, dgx, dgh, dh)
+        gru_step_backward(dm, drest, planes, h, rest, dgx, dgh, dh, aux)
     elif cell == 4:
-        mgu_step_backward(dm, drest, planes, h, rest, dgx, dgh, dh)
+        mgu_step_backward(dm, drest, planes, h, rest, dgx, dgh, dh, aux)
     elif cell == 7:
-        ligru_step_backward(dm, drest, planes, h, rest, dgx, dgh, dh)
+        ligru_step_backward(dm, drest, planes, h, rest, dgx, dgh, dh, aux)
     else:
-        slstm_step_backward(dm, drest, planes, h, rest, dgx, dgh, dh)
+        slstm_step_backward(dm, drest, planes, h, rest, dgx, dgh, dh, aux)
 
 
 @njit(**FAST)
@@ -202,7 +213,7 @@ def _clear(target):  # type: ignore[no-untyped-def]
         target[j] = 0
 
 
-@njit(nogil=True, **FAST)
+@njit(**CALLED)
 def enter(t, n, alive, offsets, order, reset, reset_h, reset_rest, h, rest):  # type: ignore[no-untyped-def]
     """Step 1 of the contract: states that enter rows with a reset are replaced."""
     for i in range(alive[t]):
@@ -211,15 +222,18 @@ def enter(t, n, alive, offsets, order, reset, reset_h, reset_rest, h, rest):  # 
             _copy_all(reset_rest[i], rest[i])
 
 
-@njit(nogil=True, **FAST)
+@njit(**CALLED)
 def forward(  # type: ignore[no-untyped-def]
     cell, n, first, last, reverse, fused, save_states, save_planes, rounding,
     alive, offsets, order, reset, reset_h, reset_rest,
     gx, w_t, bias, w_hr_t, h, rest, gh, m,
-    y, seq, planes, hidden, scratch,
+    y, seq, planes, hidden, scratch, o,
 ):  # fmt: skip
-    """Steps ``first`` to ``last`` of group n; h and rest hold the states. Not fused: gh is given, resets are done."""
-    T = alive.shape[0]
+    """Steps ``first`` to ``last`` of group n; h and rest hold the states.
+
+    Not fused: resets are done and gh is given, with options the product of o.left alone.
+    """
+    T, aux = alive.shape[0], None if o is None else o.aux
     project = w_hr_t.shape[0] > 0
     for k in range(first, last):
         t = T - 1 - k if reverse else k
@@ -227,13 +241,26 @@ def forward(  # type: ignore[no-untyped-def]
         if fused:
             if reset.shape[0] > 0:
                 enter(t, n, alive, offsets, order, reset, reset_h, reset_rest, h, rest)
-            for i in range(count):
-                _copy(bias, gh[i])
-            _add_recurrent(cell, h, w_t, gh, count)
+            if o is None:
+                for i in range(count):
+                    _copy(bias, gh[i])
+                _add_recurrent(cell, h, w_t, gh, count)
+            else:
+                drop(t, n, alive, offsets, order, h, o)
+                for i in range(count):
+                    _clear(gh[i])
+                _add_recurrent(cell, o.left, w_t, gh, count)
         for i in range(count):
             r = offsets[t] + order[i]
             saved = planes[r, n] if save_planes else scratch
-            _step(cell, gx[r, n], gh[i], h[i], rest[i], m[i], saved)
+            if o is not None:
+                pre_activation(gh[i], bias, o.edges, o.gain, o.aux.eps)
+                keep_candidate(r, n, o.aux.keep, o.candidate, o.scale_candidate)
+                if rest.shape[1] > 0:
+                    _copy(rest[i, 0], o.entered)
+            _step(cell, gx[r, n], gh[i], h[i], rest[i], m[i], saved, aux)
+            if o is not None and rest.shape[1] > 0:
+                mix(r, n, o.entered, rest[i, 0], o.zoneout_c, o.share_c)
             if save_states:
                 _copy_all(rest[i], seq[r, n])
         if project:
@@ -241,18 +268,25 @@ def forward(  # type: ignore[no-untyped-def]
                 _store(m[i], m[i], rounding)
                 if save_states:
                     _copy(m[i], hidden[offsets[t] + order[i], n])
+                if o is not None:
+                    _copy(h[i], o.left[i])
                 _clear(h[i])
             _add_product(m, w_hr_t, h, count)
             for i in range(count):
+                if o is not None:
+                    clip(h[i], o.proj_clip)
+                    mix(offsets[t] + order[i], n, o.left[i], h[i], o.zoneout_h, o.share_h)
                 _store(h[i], h[i], rounding)
         else:
             for i in range(count):
+                if o is not None:
+                    mix(offsets[t] + order[i], n, h[i], m[i], o.zoneout_h, o.share_h)
                 _store(m[i], h[i], rounding)
         for i in range(count):
             _copy(h[i], y[offsets[t] + order[i], n])
 
 
-@njit(nogil=True, **FAST)
+@njit(**CALLED)
 def leave(t, n, alive, offsets, order, reset, dh, drest, dreset_h, dreset_rest):  # type: ignore[no-untyped-def]
     """Step 1 backwards: the gradient at a replaced state goes to its replacement."""
     for i in range(alive[t]):
@@ -264,18 +298,19 @@ def leave(t, n, alive, offsets, order, reset, dh, drest, dreset_h, dreset_rest):
                 _clear(drest[i, k])
 
 
-@njit(nogil=True, **FAST)
+@njit(**CALLED)
 def backward(  # type: ignore[no-untyped-def]
     cell, n, first, last, reverse, fused, split,
     alive, offsets, order, lengths, reset, reset_h, reset_rest,
     w, w_hr, h0, rest0, y, seq, planes, dy, dseq,
-    dh, drest, dm, d, dgx, dgh, dprojected, dreset_h, dreset_rest,
+    dh, drest, dm, d, dgx, dgh, dprojected, dreset_h, dreset_rest, o,
 ):  # fmt: skip
-    """Steps ``last`` down to ``first`` of group n; dh and drest hold the gradients of the states, d those at gh.
+    """Steps ``last`` down to ``first`` of group n; dh and drest hold the gradients of the states, d those at products.
 
-    Not fused: adding ``d @ w`` to dh, and ``leave``, are left to the caller.
+    Not fused: adding ``d @ w`` to dh, with options by way of o.left and `carry`, then `leave` and, with options,
+    `bound` are left to the caller.
     """
-    T = alive.shape[0]
+    T, aux = alive.shape[0], None if o is None else o.aux
     project = w_hr.shape[0] > 0
     for k in range(last - 1, first - 1, -1):
         t = T - 1 - k if reverse else k
@@ -286,7 +321,11 @@ def backward(  # type: ignore[no-untyped-def]
             if dseq.shape[0] > 0:
                 for state in range(dseq.shape[2]):
                     _add(dseq[r, n, state], drest[i, state])
+            if o is not None:
+                d_mix(r, n, dh[i], o.past[i], o.zoneout_h, o.share_h)
             if project:
+                if o is not None and o.proj_clip > 0:
+                    d_clip(dh[i], o.projected[r], o.proj_clip)
                 _copy(dh[i], dprojected[r, n])
                 _clear(dm[i])
             else:
@@ -303,16 +342,34 @@ def backward(  # type: ignore[no-untyped-def]
                 p = offsets[before] + order[i]
                 h, rest = y[p, n], seq[p, n]
             _clear(dh[i])
+            if o is not None:
+                keep_candidate(r, n, o.aux.keep, o.candidate, o.scale_candidate)
+                if rest.shape[0] > 0:
+                    d_mix(r, n, drest[i, 0], o.entered, o.zoneout_c, o.share_c)
             if split:
-                _step_backward(cell, dm[i], drest[i], planes[r, n], h, rest, dgx[r, n], d[i], dh[i])
+                _step_backward(cell, dm[i], drest[i], planes[r, n], h, rest, dgx[r, n], d[i], dh[i], aux)
                 _copy(d[i], dgh[r, n])
             else:
-                _step_backward(cell, dm[i], drest[i], planes[r, n], h, rest, d[i], d[i], dh[i])
+                _step_backward(cell, dm[i], drest[i], planes[r, n], h, rest, d[i], d[i], dh[i], aux)
                 _copy(d[i], dgx[r, n])
+            if o is not None:
+                if o.dprod.shape[0] > 0:
+                    d_pre_activation(d[i], o.product[r], o.edges, o.gain, o.dgain, o.aux.eps)
+                    _copy(d[i], o.dprod[r, n])
+                if rest.shape[0] > 0:
+                    _add(o.entered, drest[i, 0])
         if fused:
-            _add_recurrent(cell, d, w, dh, count)
+            if o is None:
+                _add_recurrent(cell, d, w, dh, count)
+            else:
+                for i in range(count):
+                    _clear(o.left[i])
+                _add_recurrent(cell, d, w, o.left, count)
+                carry(t, n, alive, offsets, order, dh, o)
             if reset.shape[0] > 0:
                 leave(t, n, alive, offsets, order, reset, dh, drest, dreset_h, dreset_rest)
+            if o is not None:
+                bound(t, alive, dh, drest, o.grad_clip)
 
 
-cached(enter, forward, leave, backward)
+cached(enter, forward, leave, backward, drop, carry, bound)

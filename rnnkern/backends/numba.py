@@ -14,13 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rnnkern._weights import Entering
 from rnnkern.backends import _numba_driver as driver
+from rnnkern.backends._numba_options import Aux, Options
 from rnnkern.backends.base import ScanGrads, ScanInputs, ScanOutputs, accumulation_dtype
 from rnnkern.cells import CELLS
 
 _ROUNDING = {torch.bfloat16: driver.ROUND_BF16, torch.float16: driver.ROUND_FP16}
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _LARGE = 3 << 20  # multiply-adds in a step from which torch.mm and its call overhead beat the loop
+_PARAMS = ("w_hh", "b_hh", "w_hr", "ln_hh")
+_SMALL = ("peephole_i", "peephole_f", "peephole_o", "ln_c", "ln_c_bias")
 _NO_RESET = np.empty((0, 0), np.bool_)
 
 
@@ -118,6 +122,102 @@ class _Work:
         return params["w_hh"] if self.dense else params["w_hh"].unsqueeze(0)
 
 
+class _Beyond:
+    """The options of a scan in the loops' form."""
+
+    def __init__(self, inputs: ScanInputs, work: _Work) -> None:
+        self.inputs, self.work, spec = inputs, work, inputs.spec
+        self.masks = {
+            name: _array(mask, torch.bool).view(np.uint8) for name, mask in zip(spec.noise, inputs.noise, strict=True)
+        }
+        scales, scalar = dict(zip(spec.noise, spec.scales, strict=True)), work.states[0].dtype.type
+        self.numbers = {
+            "scale_h": scales.get("h", 1.0),
+            "scale_step": scales.get("h_step", 1.0),
+            "scale_candidate": scales.get("candidate", 1.0),
+            "share_h": spec.zoneout[0],
+            "share_c": spec.zoneout[1],
+            "proj_clip": spec.proj_clip,
+            "grad_clip": spec.grad_clip,
+        }
+        self.numbers = {name: scalar(value) for name, value in self.numbers.items()}
+        self.normed = "ln_hh" in spec.params
+        parts = (0, *(count * work.H for count in CELLS[spec.cell].norm)) if self.normed else ()
+        self.edges = np.cumsum(np.array(parts, np.int64))
+
+    @staticmethod
+    def of(inputs: ScanInputs, work: _Work) -> _Beyond | None:
+        spec = inputs.spec
+        numbers = (*spec.zoneout, spec.cell_clip, spec.proj_clip, spec.grad_clip)
+        small = {"ln_hh", *_SMALL}.intersection(spec.params)
+        return _Beyond(inputs, work) if spec.noise or any(numbers) or small else None
+
+    def mask(self, name: str, width: int) -> np.ndarray:
+        return self.masks[name] if name in self.masks else np.empty((0, self.work.N, width), np.uint8)
+
+    def nothing(self, *shape: int) -> np.ndarray:
+        return np.empty((0, *shape), self.work.states[0].dtype)
+
+    def aux(self, params: dict[str, Tensor]) -> Aux:
+        work, spec, kind = self.work, self.inputs.spec, self.work.states[0].dtype
+        small = np.zeros((len(_SMALL), work.H), kind)
+        for k, name in enumerate(_SMALL):
+            if name in params:
+                small[k] = params[name].numpy()
+        return Aux(
+            keep=np.ones(work.H, kind),
+            cell_clip=kind.type(spec.cell_clip),
+            eps=kind.type(spec.eps),
+            peeps="peephole_i" in params,
+            norms="ln_c" in params,
+            small=small,
+            dsmall=np.zeros_like(small),
+            work=np.empty((3, work.H), kind),
+        )
+
+    def group(self, n: int, params: dict[str, Tensor], **back: np.ndarray) -> Options:
+        """Those of group n; `back` has what a backward needs besides."""
+        work, order = self.work, self.work.rows.order
+        H, P, N, width = work.H, work.P, work.N, work.width
+        shapes = {"product": (width,), "projected": (P,), "past": (P,), "dprod": (N, width), "dgain": ()}
+        return Options(
+            aux=self.aux(params),
+            keep_h=self.masks["h"][n, order] if "h" in self.masks else np.empty((0, P), np.uint8),
+            keep_step=self.mask("h_step", P),
+            candidate=self.mask("candidate", H),
+            zoneout_h=self.mask("zoneout_h", P),
+            zoneout_c=self.mask("zoneout_c", H),
+            **self.numbers,
+            edges=self.edges,
+            gain=params["ln_hh"].contiguous().numpy() if self.normed else self.nothing(),
+            left=work.buffer(P),
+            entered=np.empty(H, work.states[0].dtype),
+            **({name: self.nothing(*shape) for name, shape in shapes.items()} | back),
+        )
+
+    def group_back(
+        self, n: int, params: dict[str, Tensor], entering: Entering, hidden: Tensor, dprod: np.ndarray
+    ) -> Options:
+        """The same for a backward, with what the forward did not save."""
+        back = {"past": self.work.buffer(self.work.P), "dprod": dprod}
+        if self.normed:
+            h, w = entering(n), params["w_hh"]
+            back["product"] = (h @ w.t() if self.work.dense else h * w).contiguous().numpy()
+            back["dgain"] = np.zeros(self.work.width, self.work.states[0].dtype)
+        if self.work.project and self.inputs.spec.proj_clip:
+            back["projected"] = (hidden[:, n].to(self.work.dtype) @ params["w_hr"].t()).numpy()
+        return self.group(n, params, **back)
+
+    def sums(self, o: Options) -> tuple[Tensor, ...]:
+        """Gradients of the parameters that the loops sum themselves, in the order of spec.params."""
+        rows = dict(zip(_SMALL, o.aux.dsmall, strict=True)) | {"ln_hh": o.dgain}
+        return tuple(
+            torch.from_numpy(rows[name]).to(value.dtype)
+            for name, value in zip(self.inputs.spec.params, self.inputs.params[0], strict=True)
+            if name in rows
+        )
+
+
 def _steps(T: int, reverse: bool) -> list[tuple[int, int]]:
     """(k, t): the group's own count of steps, and where that is in time."""
     return [(k, T - 1 - k if reverse else k) for k in range(T)]
@@ -135,16 +235,13 @@ class NumbaBackend:
             reasons.append(f"device {gx.device} (it runs on cpu)")
         if gx.dtype not in _DTYPES:
             reasons.append(f"dtype {gx.dtype} (it does {', '.join(str(d) for d in _DTYPES)})")
-        if spec.noise:
-            reasons.append(f"recurrent dropout or zoneout masks: {', '.join(spec.noise)}")
-        if any(spec.zoneout):
-            reasons.append("zoneout")
-        reasons += [f"{word}" for word in ("cell_clip", "proj_clip", "grad_clip") if getattr(spec, word)]
-        if "ln_hh" in spec.params:
-            reasons.append("layer norm")
-        small = [p for p in spec.params if p in CELLS[spec.cell].small]
-        if small:
-            reasons.append(f"parameters {', '.join(small)}")
+        known = {*_PARAMS, *_SMALL} & {*_PARAMS, *CELLS[spec.cell].small}
+        reasons += [f"parameter {p}" for p in spec.params if p not in known]
+        two = len(CELLS[spec.cell].states) > 1
+        known = {"h", "h_step", "zoneout_h", *CELLS[spec.cell].masks, *(("zoneout_c",) if two else ())}
+        reasons += [f"mask {name}" for name in spec.noise if name not in known]
+        if not two and (spec.cell_clip or spec.zoneout[1]):
+            reasons.append(f"{spec.cell} has no state c to clip or zone out")
         if not CELLS[spec.cell].dense and "w_hr" in spec.params:
             reasons.append(f"a projected {spec.cell}: its recurrence has no products")
         P, H = inputs.states[0].shape[-1], gx.shape[-1] // len(CELLS[spec.cell].gates)
@@ -163,10 +260,11 @@ class NumbaBackend:
         final = [np.empty_like(state) for state in work.states]
         gx, gh, m = work.array(inputs.gx), work.buffer(work.width), work.buffer(work.H)
         written = (*(t.numpy() for t in (y, seq, planes, hidden)), np.empty(planes_shape, gx.dtype))
-        fused = not work.by_torch()
+        fused, beyond = not work.by_torch(), _Beyond.of(inputs, work)
 
         for n in range(work.N):
             params = {k: v.detach().to(work.dtype) for k, v in zip(spec.params, inputs.params[n], strict=True)}
+            o = None if beyond is None else beyond.group(n, params)
             w, bias = work.recurrent(params), params.get("b_hh")
             h, rest = work.sorted(work.states, n)
             nothing = h[:0]
@@ -176,16 +274,18 @@ class NumbaBackend:
             w_hr_t = params["w_hr"].t().contiguous().numpy() if project else nothing
             where = (rows.alive, rows.offsets, rows.order, work.reset, *work.replacements(n))
             how = (spec.reverse[n], fused, save_states, save_planes, _ROUNDING.get(storage, 0))
-            rest_of = (*where, gx, w_t, start, w_hr_t, h, rest, gh, m, *written)
+            rest_of = (*where, gx, w_t, start, w_hr_t, h, rest, gh, m, *written, o)
             if fused:
                 driver.forward(work.cell, n, 0, inputs.T, *how, *rest_of)
             else:
-                left, right, product = torch.from_numpy(h), w.t(), torch.from_numpy(gh)
+                left, right, product = torch.from_numpy(h if o is None else o.left), w.t(), torch.from_numpy(gh)
                 for k, t in _steps(inputs.T, spec.reverse[n]):
                     count = int(rows.alive[t])
                     if inputs.reset is not None:
                         driver.enter(t, n, *where, h, rest)
-                    if bias is None:
+                    if o is not None:
+                        driver.drop(t, n, *where[:3], h, o)
+                    if bias is None or o is not None:
                         torch.mm(left[:count], right, out=product[:count])
                     else:
                         torch.addmm(bias, left[:count], right, out=product[:count])
@@ -221,10 +321,15 @@ class NumbaBackend:
         dreset_states = [np.empty_like(state) for state in work.reset_states]
         dends, dm, d = work.bring(dfinal), work.buffer(work.H), work.buffer(work.width)
         written = [t.numpy() for t in (dgx, dgh, dprojected)]
-        fused = not work.by_torch()
+        fused, beyond = not work.by_torch(), _Beyond.of(inputs, work)
+        dprod = work.output(work.width, kept="ln_hh" in spec.params)
+        entering, dsmall = Entering(inputs, outputs.y.to(work.dtype), True), []
 
         for n in range(work.N):
             params = {k: v.detach().to(work.dtype) for k, v in zip(spec.params, inputs.params[n], strict=True)}
+            o = None
+            if beyond is not None:
+                o = beyond.group_back(n, params, entering, outputs.hidden, dprod.numpy())
             w = work.recurrent(params).contiguous()
             h0, rest0 = work.sorted(work.states, n)
             dh, drest = work.sorted(dends, n)
@@ -233,30 +338,37 @@ class NumbaBackend:
             dreplace = [np.zeros_like(v) for v in replace]
             where = (rows.alive, rows.offsets, rows.order)
             places = (*where, rows.lengths, work.reset, *replace)
-            changed = (dh, drest, dm, d, *written, *dreplace)
+            changed = (dh, drest, dm, d, *written, *dreplace, o)
             rest_of = (spec.reverse[n], fused, split, *places, w.numpy(), w_hr, h0, rest0, *read, *changed)
             if fused:
                 driver.backward(work.cell, n, 0, inputs.T, *rest_of)
             else:
-                left, total = torch.from_numpy(d), torch.from_numpy(dh)
+                left, total = torch.from_numpy(d), torch.from_numpy(dh if o is None else o.left)
                 for k, t in reversed(_steps(inputs.T, spec.reverse[n])):
                     count = int(rows.alive[t])
                     driver.backward(work.cell, n, k, k + 1, *rest_of)
-                    total[:count].addmm_(left[:count], w)
+                    if o is None:
+                        total[:count].addmm_(left[:count], w)
+                    else:
+                        torch.mm(left[:count], w, out=total[:count])
+                        driver.carry(t, n, *where, dh, o)
                     if inputs.reset is not None:
                         driver.leave(t, n, *where, work.reset, dh, drest, *dreplace)
+                    if o is not None:
+                        driver.bound(t, rows.alive, dh, drest, o.grad_clip)
             work.place(dh, drest, n, dstates)
             work.place(dreplace[0], dreplace[1], n, dreset_states)
+            dsmall.append(() if beyond is None or o is None else beyond.sums(o))
 
         storage, empty = work.storage, torch.empty(0, dtype=work.storage)
         return ScanGrads(
             dgx.to(storage),
             dgh.to(storage) if split else empty,
-            empty,
+            dprod.to(storage) if "ln_hh" in spec.params else empty,
             dprojected.to(storage) if project else empty,
             tuple(torch.from_numpy(v).to(s.dtype) for v, s in zip(dstates, inputs.states, strict=True)),
             tuple(torch.from_numpy(v).to(s.dtype) for v, s in zip(dreset_states, inputs.reset_states, strict=True)),
-            tuple(() for _ in range(work.N)),
+            tuple(dsmall),
         )
 
 

@@ -13,11 +13,14 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
+# Wrappers for callers in Python and C cost as much to compile as a small function: only what is CALLED has one.
+_INNER = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 # Contraction only: `reassoc` would fold the two-part ln2 and the rounding shifts away. Said explicitly, for a function
 # without flags takes those of its caller.
-EXACT: dict[str, Any] = {"fastmath": {"contract"}, "error_model": "numpy"}
+EXACT: dict[str, Any] = {"fastmath": {"contract"}, **_INNER}
 # NaN and Inf must survive, so neither nnan nor ninf.
-FAST: dict[str, Any] = {"fastmath": {"contract", "reassoc", "arcp", "nsz"}, "error_model": "numpy"}
+FAST: dict[str, Any] = {"fastmath": {"contract", "reassoc", "arcp", "nsz"}, **_INNER}
+CALLED: dict[str, Any] = {**FAST, "nogil": True, "no_cpython_wrapper": False}  # from Python
 
 
 @njit(**EXACT)
@@ -122,3 +125,52 @@ def log1p(e):  # type: ignore[no-untyped-def]
     p = p * w + type(e)(1 / 3)
     p = p * w + type(e)(1)
     return type(e)(2) * s * p
+
+
+@njit(**FAST)
+def clip(row, bound):  # type: ignore[no-untyped-def]
+    """The row within [-bound, bound], in place; a bound of 0 is none. NaN stays."""
+    if bound > 0:
+        for j in range(row.shape[0]):
+            v = row[j]
+            v = bound if v > bound else v
+            row[j] = -bound if v < -bound else v
+
+
+@njit(**FAST)
+def d_clip(d, raw, bound):  # type: ignore[no-untyped-def]
+    """d becomes the gradient at raw of ``clip(raw, bound)``; NaN lies outside of every bound."""
+    if bound > 0:
+        for j in range(d.shape[0]):
+            d[j] = d[j] if abs(raw[j]) <= bound else d.dtype.type(0)
+
+
+@njit(**FAST)
+def moments(row, eps):  # type: ignore[no-untyped-def]
+    """Mean and reciprocal deviation, of which layer norm is made."""
+    size, total = row.dtype.type(row.shape[0]), row.dtype.type(0)
+    for j in range(row.shape[0]):
+        total += row[j]
+    mean, square = total / size, row.dtype.type(0)
+    for j in range(row.shape[0]):
+        square += (row[j] - mean) * (row[j] - mean)
+    return mean, row.dtype.type(1) / np.sqrt(square / size + eps)
+
+
+@njit(**FAST)
+def d_normalise(d, v, gain, dgain, eps):  # type: ignore[no-untyped-def]
+    """d becomes the gradient at v of ``normalise(v) * gain``; that of gain is added to dgain.
+
+    d times gain is kept in memory before its mean is taken off: fused with that, the two would not cancel.
+    """
+    mean, scale = moments(v, eps)
+    size, total, slope = d.dtype.type(d.shape[0]), d.dtype.type(0), d.dtype.type(0)
+    for j in range(d.shape[0]):
+        dgain[j] += d[j] * ((v[j] - mean) * scale)
+        d[j] *= gain[j]
+    for j in range(d.shape[0]):
+        total += d[j]
+        slope += d[j] * ((v[j] - mean) * scale)
+    total, slope = total / size, slope / size
+    for j in range(d.shape[0]):
+        d[j] = scale * (d[j] - total - (v[j] - mean) * scale * slope)

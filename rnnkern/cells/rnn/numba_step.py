@@ -8,7 +8,7 @@ from rnnkern.cells.numba_math import FAST, tanh
 
 
 @njit(**FAST)
-def tanh_step(gx, gh, h, rest, m, planes):  # type: ignore[no-untyped-def]
+def tanh_step(gx, gh, h, rest, m, planes, aux):  # type: ignore[no-untyped-def]
     a = planes[0]
     for j in range(m.shape[0]):
         v = tanh(gx[j] + gh[j])
@@ -17,7 +17,7 @@ def tanh_step(gx, gh, h, rest, m, planes):  # type: ignore[no-untyped-def]
 
 
 @njit(**FAST)
-def relu_step(gx, gh, h, rest, m, planes):  # type: ignore[no-untyped-def]
+def relu_step(gx, gh, h, rest, m, planes, aux):  # type: ignore[no-untyped-def]
     a, zero = planes[0], m.dtype.type(0)
     for j in range(m.shape[0]):
         v = gx[j] + gh[j]
@@ -27,14 +27,14 @@ def relu_step(gx, gh, h, rest, m, planes):  # type: ignore[no-untyped-def]
 
 
 @njit(**FAST)
-def tanh_step_backward(dm, drest, planes, h, rest, dgx, dgh, dh):  # type: ignore[no-untyped-def]
+def tanh_step_backward(dm, drest, planes, h, rest, dgx, dgh, dh, aux):  # type: ignore[no-untyped-def]
     a, one = planes[0], dm.dtype.type(1)  # a bare 1 is an int64 and would make the sum fp64
     for j in range(dm.shape[0]):
         dgx[j] = dm[j] * (one - a[j] * a[j])
 
 
 @njit(**FAST)
-def relu_step_backward(dm, drest, planes, h, rest, dgx, dgh, dh):  # type: ignore[no-untyped-def]
+def relu_step_backward(dm, drest, planes, h, rest, dgx, dgh, dh, aux):  # type: ignore[no-untyped-def]
     a, zero = planes[0], dm.dtype.type(0)
     for j in range(dm.shape[0]):
         dgx[j] = zero if a[j] <= zero else dm[j]  # not dm * 0: as in torch, a NaN ends at a dead unit

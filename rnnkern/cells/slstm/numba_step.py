@@ -9,7 +9,7 @@ from rnnkern.cells.numba_math import FAST, exp_below, log1p, sigmoid, tanh
 
 
 @njit(**FAST)
-def step(gx, gh, h, rest, m, planes):  # type: ignore[no-untyped-def]
+def step(gx, gh, h, rest, m, planes, aux):  # type: ignore[no-untyped-def]
     H, one, zero = m.shape[0], m.dtype.type(1), m.dtype.type(0)
     xi, xf, xz, xo = gx[:H], gx[H : 2 * H], gx[2 * H : 3 * H], gx[3 * H :]
     hi, hf, hz, ho = gh[:H], gh[H : 2 * H], gh[2 * H : 3 * H], gh[3 * H :]
@@ -41,7 +41,7 @@ def step(gx, gh, h, rest, m, planes):  # type: ignore[no-untyped-def]
 
 
 @njit(**FAST)
-def step_backward(dm, drest, planes, h, rest, dgx, dgh, dh):  # type: ignore[no-untyped-def]
+def step_backward(dm, drest, planes, h, rest, dgx, dgh, dh, aux):  # type: ignore[no-untyped-def]
     H, one, zero = dm.shape[0], dm.dtype.type(1), dm.dtype.type(0)
     pz, po, pr, pd = planes[0], planes[1], planes[2], planes[3]
     gi, gf, gz, go = dgx[:H], dgx[H : 2 * H], dgx[2 * H : 3 * H], dgx[3 * H :]
