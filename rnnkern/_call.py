@@ -68,7 +68,8 @@ def run(
         )  # fmt: skip
     packed = batch_sizes is not None
     plain = options is PLAIN and not (packed or return_states) and lengths is None and reset is reset_state is None
-    plain = plain and memory == "save" and project is None and not heads and not (training and dropout and num_layers > 1)
+    plain = plain and memory == "save" and project is None and not heads
+    plain = plain and not (training and dropout and num_layers > 1)
     if plain:
         short = _plain(cell, input, hx, params, bias, num_layers, bidirectional, batch_first)
         if short is not None:

@@ -154,8 +154,6 @@ def test_functions_take_what_modules_hold() -> None:
     module = make(num_layers=2, bidirectional=True)
     x = torch.randn(T, B, I, dtype=D)
     theirs = flat(module(x, return_states=True))
-    ours = rnnkern.functional.slstm(
-        x, None, module._weights(), num_layers=2, bidirectional=True, return_states=True
-    )
+    ours = rnnkern.functional.slstm(x, None, module._weights(), num_layers=2, bidirectional=True, return_states=True)
     assert all(torch.equal(a, b) for a, b in zip(flat(ours), theirs, strict=True))
     assert [v.shape for v in ours[2][0]] == [(T, B, 2 * H)] * 4
