@@ -34,11 +34,11 @@ enum Small : int { kGain, kPeepholeI, kPeepholeF, kPeepholeO, kGainC, kShiftC, k
 
 // What a scan does beyond the plain one.
 struct Options {
-  Mask h;                                   // [N, B, P] of the h that meets w_hh, at every step of a sequence
-  Mask h_step;                              // [S, N, P] the same, step by step
-  Mask candidate;                           // [S, N, H]
-  const uint8_t* zoneout[2] = {};           // [S, N, width] where h and c keep what entered; or null
-  double share[2] = {};                     // how much of it stays, where there is no such mask
+  Mask h;                          // [N, B, P] of the h that meets w_hh, at every step of a sequence
+  Mask h_step;                     // [S, N, P] the same, step by step
+  Mask candidate;                  // [S, N, H]
+  const uint8_t* zoneout[2] = {};  // [S, N, width] where h and c keep what entered; or null
+  double share[2] = {};            // how much of it stays, where there is no such mask
   double cell_clip = 0, proj_clip = 0, grad_clip = 0;  // 0: none
   double eps = 0;                                      // of layer norm
   const void* const* small = nullptr;                  // [N][kSmalls], null where there is none
@@ -80,10 +80,10 @@ struct Forward : Scan {
 };
 
 struct Backward : Scan {
-  const void* y = nullptr;       // [S, N, P] of the forward
+  const void* y = nullptr;           // [S, N, P] of the forward
   const void* seq[kMaxStates] = {};  // [S, N, H], of every state but h
-  const void* planes = nullptr;  // [S, N, Q, H]
-  const void* dy = nullptr;      // [S, N, P], last stride 1
+  const void* planes = nullptr;      // [S, N, Q, H]
+  const void* dy = nullptr;          // [S, N, P], last stride 1
   int64_t dy_s = 0, dy_n = 0;
   const void* dseq[kMaxStates] = {};    // [S, N, H] contiguous or null
   const void* product = nullptr;        // [S, N, G*H] of h and w_hh, accumulation dtype; with kGain only

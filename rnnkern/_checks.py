@@ -113,7 +113,8 @@ def weights(
     """The flat list of weights against the sizes that its first layer states: (I, H, P, tensors per group).
 
     `extra` names what follows torch's weights in every group: ln_ih and ln_hh of the gates' width, others of H. A
-    weight_hh that is not `dense` is a vector. With `heads`, that many are the first dimension of all, each of H / heads.
+    weight_hh that is not `dense` is a vector. With `heads`, that many are the first dimension of all, and each has its
+    share of H and P.
     """
     per = 2 + 2 * bias + len(extra)
     groups = layers * directions
@@ -127,8 +128,8 @@ def weights(
     first, second, lead = params[0].shape, params[1].shape, (heads,) if heads else ()
     if heads and (len(first) != 3 or len(second) != 3):
         raise RuntimeError(
-            f"weight_ih_l0 and weight_hh_l0: expected (num_heads, {gates}*hidden_size/num_heads, features) tensors, got "
-            f"{list(first)} and {list(second)}"
+            f"weight_ih_l0 and weight_hh_l0: expected (num_heads, {gates}*hidden_size/num_heads, features) tensors, "
+            f"got {list(first)} and {list(second)}"
         )
     first, second = first[len(lead) :], second[len(lead) :]
     if len(first) != 2 or len(second) != 1 + dense or first[0] % gates or not first[0]:
@@ -149,9 +150,10 @@ def weights(
         if start == per * directions:
             shapes[0] = (wide, state * directions * (heads or 1))
         for offset, shape in enumerate(shapes):
-            if params[start + offset].shape != (*lead, *shape):
+            expected, found = (*lead, *shape), params[start + offset].shape
+            if found != expected:
                 name = weight_name(start // per, offset, directions, bias, proj, extra)
-                raise RuntimeError(f"{name}: expected shape {[*lead, *shape]}, got {list(params[start + offset].shape)}")
+                raise RuntimeError(f"{name}: expected shape {list(expected)}, got {list(found)}")
     return columns, hidden * (heads or 1), state * (heads or 1), per
 
 

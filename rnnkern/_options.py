@@ -118,7 +118,7 @@ def options(title: str, cell: str, projected: bool, given: Keywords) -> Options:
     if found.peephole and "peephole_i" not in CELLS[cell].small:
         raise ValueError(f"peephole: {title} has no peepholes, only LSTM has")
     if spec.scaled and found.shares != (0.0, 0.0):
-        raise ValueError(f"zoneout: {title}'s c, n and m are one value in three parts, which cannot be mixed one by one")
+        raise ValueError(f"zoneout: {title}'s c, n and m are one value in three parts, which have no mixture")
     if spec.scaled and found.layer_norm:
         raise ValueError(f"layer_norm: {title} normalises its state by n, and has no other; its output may have a norm")
     if found.cell_clip and not spec.has_c:

@@ -292,11 +292,11 @@ class SLSTM(Extended, Stack):
             h_t = o_t \odot c_t / n_t
         \end{array}
 
-    where the matrices :math:`W_h` are block-diagonal: a head sees its own units of `h`. Of the paper's two forget gates,
-    :math:`\sigma` and :math:`\exp`, it has the first. A unit whose `n` is 0 has no past and begins:
-    :math:`m_t = \tilde{\imath}_t`, :math:`f'_t = 0`, whatever its `c` and `m` are. So states of zeros are a beginning,
-    and from the first step on `n` is 1 or more. The paper's block around the cell (a convolution before it, group
-    normalisation and a projection after it) is left to torch.nn.
+    where the matrices :math:`W_h` are block-diagonal: a head sees its own units of `h`. Of the paper's two forget
+    gates, :math:`\sigma` and :math:`\exp`, it has the first. A unit whose `n` is 0 has no past and begins with
+    :math:`m_t = \tilde{\imath}_t` and :math:`f'_t = 0`, whatever its `c` and `m` are. So states of zeros are a
+    beginning, and from the first step on `n` is 1 or more. The paper's block around the cell (a convolution before it,
+    group normalisation and projections after it) is left to torch.nn.
 
     Args:
         input_size, num_layers, bias, batch_first, dropout, bidirectional: as in :class:`MGU`.
@@ -319,11 +319,11 @@ class SLSTM(Extended, Stack):
         - output: as input, with `D * H` features, head by head
 
     Attributes:
-        weight_ih_l[k], weight_hh_l[k]: `(num_heads, 4 * hidden_size / num_heads, ...)`, in every head rows of i, f, z and
-            o; the last dimension of weight_hh is `hidden_size / num_heads`. bias_ih_l[k], bias_hh_l[k]:
+        weight_ih_l[k], weight_hh_l[k]: `(num_heads, 4 * hidden_size / num_heads, ...)`, in every head the rows of i, f,
+            z and o; the last dimension of weight_hh is `hidden_size / num_heads`. bias_ih_l[k], bias_hh_l[k]:
             `(num_heads, 4 * hidden_size / num_heads)`. With ``_reverse`` for the reverse direction. Drawn as torch.nn
             draws them, but for bias_ih of f: evenly from 3 to 6 over the units of a head, so that at first they keep
-            from 0.95 to 0.998 of their past at each step.
+            0.95 to 0.998 of their past at each step.
 
     dtype: float64, float32, bfloat16 or float16, one for all; sums, and c, n and m within a call, are in float32
     (float64 for float64). Under autocast as :class:`GRU`.

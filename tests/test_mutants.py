@@ -119,7 +119,9 @@ def second_derivatives_are_right(call):
 
 def activations_are_held(patch):
     gru = CELLS["gru"]
-    patch.setitem(CELLS, "gru", replace(gru, planes_jvp=lambda tgx, tgh, planes, tstates: tuple(map(torch.zeros_like, planes))))
+    patch.setitem(
+        CELLS, "gru", replace(gru, planes_jvp=lambda tgx, tgh, planes, _: tuple(map(torch.zeros_like, planes)))
+    )
 
 
 def factors_are_held(patch):

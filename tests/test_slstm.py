@@ -6,12 +6,13 @@ import re
 
 import pytest
 import torch
-from stacks import D, flat
-from tolerance import check
+from stacks import D, flat, gradients
+from tolerance import check, check_grad
 from torch import Tensor
 from written_out import loop
 
 import rnnkern
+from rnnkern import _recompute
 
 T, B, I, H = 6, 3, 4, 6
 
@@ -67,6 +68,27 @@ def test_nan_goes_through(backend: str) -> None:
     assert y[2:, 1].isnan().all() and all(v[:, 1].isnan().all() for v in final)
     check(y[:, [0, 2]], clean[:, [0, 2]], clean[:, [0, 2]])
     check(y[:2], clean[:2], clean[:2])
+
+
+def test_less_memory_with_heads_and_directions(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_recompute, "SMALLEST", 1)  # several segments
+    module, x = make(bidirectional=True, num_layers=2), torch.randn(T, B, I, dtype=D, requires_grad=True)
+    wrt, found = [x, *module.parameters()], []
+    for module.memory in ("save", "recompute"):
+        with rnnkern.use_backend(backend):
+            out = flat(module(x, return_states=True))
+        found.append((out, gradients(out, wrt)))
+    (truth, exact), (ours, grads) = found
+    check(ours, truth, truth)
+    check_grad(grads, exact, exact)
+
+
+def test_ensembles_of_weights_with_heads() -> None:
+    modules, x = [make(bidirectional=True) for _ in range(2)], torch.randn(T, B, I, dtype=D)
+    params, _ = torch.func.stack_module_state(modules)
+    ours = torch.func.vmap(lambda p: torch.func.functional_call(modules[0], p, (x,)))(params)
+    truth = [torch.stack(v) for v in zip(*(flat(module(x)) for module in modules), strict=True)]
+    check(flat(ours), truth, truth)
 
 
 def test_heads_see_themselves_alone() -> None:
@@ -154,8 +176,6 @@ def test_functions_take_what_modules_hold() -> None:
     module = make(num_layers=2, bidirectional=True)
     x = torch.randn(T, B, I, dtype=D)
     theirs = flat(module(x, return_states=True))
-    ours = rnnkern.functional.slstm(
-        x, None, module._weights(), num_layers=2, bidirectional=True, return_states=True
-    )
+    ours = rnnkern.functional.slstm(x, None, module._weights(), num_layers=2, bidirectional=True, return_states=True)
     assert all(torch.equal(a, b) for a, b in zip(flat(ours), theirs, strict=True))
     assert [v.shape for v in ours[2][0]] == [(T, B, 2 * H)] * 4

@@ -1,7 +1,7 @@
 // sLSTM cell. Mirrors rnnkern/cells/slstm/reference.py; no include guard: included once per ISA namespace.
-//   i, f, z, o: i~, f~ as they are, tanh, sigmoid (gx + gh);  r = sigmoid(-f~);  d = log sigmoid(f~) + m - i~, -inf where
-//   n is 0;  i = exp(-max(d, 0));  f = exp(min(d, 0));  c' = f c + i z;  n' = f n + i;  m' = max(log sigmoid(f~) + m, i~);
-//   h' = o c' / n'.  A mask of the candidate drops from z.
+//   ai, af, z, o = the sum, the sum, tanh, sigmoid (gx + gh);  r = sigmoid(-af);  b = log sigmoid(af) + m
+//   d = b - ai, -inf where n is 0;  i = exp(-max(d, 0));  f = exp(min(d, 0))
+//   c' = f c + i z;  n' = f n + i;  m' = max(b, ai);  h' = o c' / n';  a mask of the candidate drops from z
 
 struct SLstm {
   static constexpr int kGates = 4, kStates = 4, kPlanes = 4;

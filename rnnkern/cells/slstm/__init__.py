@@ -1,5 +1,5 @@
-r"""sLSTM, the scalar-memory cell of xLSTM (Beck et al. 2024, *xLSTM: extended long short-term memory*, section 2.2, with
-:math:`\exp` for the input gate and :math:`\sigma` for the forget gate, which the paper leaves open).
+r"""sLSTM, the scalar-memory cell of xLSTM (Beck et al., *xLSTM: extended long short-term memory*, 2024, section 2.2; of
+the two forget gates that it names, :math:`\sigma`).
 
 .. math::
     \begin{aligned}
@@ -26,10 +26,10 @@ With :math:`d = \log \sigma(\tilde{f}) + m_{t-1} - \tilde{\imath}`, -inf where a
 :math:`r = 1 - \sigma(\tilde{f})`, the derivative of :math:`\log \sigma`. The mask ``candidate`` (Semeniuta et al. 2016)
 multiplies :math:`z_t` in :math:`c_t`.
 
-Backward, with ``q = c / n``: ``do = dh * q * o(1-o)``, ``dc += dh * o / n``, ``dn -= dh * o * q / n``, ``dz = dc * i' *
-(1-z^2)``, ``di' = dc * z + dn``, ``df' = dc * c0 + dn * n0``. At log f + m0 arrives ``db = dm - di' * i'`` where that is
-the larger (d > 0), else ``df' * f'``; then ``df = db * r``, ``dm0 = db``, ``di = dm - db``. c and n are rebuilt from the
-planes and the states that entered.
+Backward, with ``q = c / n``: ``do = dh * q * o(1-o)``, ``dc += dh * o / n``, ``dn -= dh * o * q / n``,
+``dz = dc * i' * (1-z^2)``, ``di' = dc * z + dn``, ``df' = dc * c0 + dn * n0``, ``dc0 = dc * f'``, ``dn0 = dn * f'``.
+The gradient at log f + m0 is ``db = dm - di' * i'`` where that is the larger (d > 0), else ``df' * f'``, in a tie too;
+then ``df = db * r``, ``dm0 = db``, ``di = dm - db``. c and n are rebuilt from the planes and the states that entered.
 """
 
 from __future__ import annotations
