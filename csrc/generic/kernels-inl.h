@@ -1,5 +1,7 @@
 // All generic code of one instruction set, in order; no include guard. The including file has opened the namespace and
-// the target region and defined RK_VBYTES, RK_REGISTERS and the feature macros.
+// the target region and defined RK_VBYTES, RK_REGISTERS and the feature macros. A set whose instructions matter to
+// bf16 and to bytes alone defines RK_OTHERS, the set that has all else, so that it is not compiled again; and
+// RK_SAME_STREAMS, if streams are that set's too.
 
 // clang-format off: the order is the meaning
 #include "simd-inl.h"
@@ -20,8 +22,10 @@
 #include "backward-inl.h"
 #include "begin-inl.h"
 #include "rows-inl.h"
+#ifndef RK_SAME_STREAMS
 #include "forms-inl.h"
 #include "stream-inl.h"
+#endif
 // clang-format on
 
 template <class ST>
@@ -58,6 +62,16 @@ static void run_cell(const Call& call) {
   }
 }
 
+#ifdef RK_OTHERS
+static void forward(const Forward& call) {
+  if (call.dtype != DType::bf16) return RK_OTHERS.forward(call);
+  run_cell<ForwardScan, ModeOf<bf16>::type>(call);
+}
+static void backward(const Backward& call) {
+  if (call.dtype != DType::bf16) return RK_OTHERS.backward(call);
+  run_cell<BackwardScan, ModeOf<bf16>::type>(call);
+}
+#else
 template <template <class, class> class Driver, class Call>
 static void run_dtype(const Call& call) {
   switch (call.dtype) {
@@ -74,32 +88,23 @@ static void run_dtype(const Call& call) {
 
 static void forward(const Forward& call) { run_dtype<ForwardScan>(call); }
 static void backward(const Backward& call) { run_dtype<BackwardScan>(call); }
+#endif
 
-template <class M>
-static Stepper* stepper_of(const StreamShape& shape) {
-  switch (shape.cell) {
-    case Cell::rnn_tanh:
-      return new Stream<Rnn<false>, M>(shape);
-    case Cell::rnn_relu:
-      return new Stream<Rnn<true>, M>(shape);
-    case Cell::lstm:
-      return new Stream<Lstm, M>(shape);
-    case Cell::gru:
-      return new Stream<Gru, M>(shape);
-    default:
-      break;  // Python refuses the others
-  }
-  return nullptr;
-}
-
+#ifdef RK_SAME_STREAMS
+static Stepper* stepper(const StreamShape& shape) { return RK_OTHERS.stepper(shape); }
+#else
 static Stepper* stepper(const StreamShape& shape) {
-  switch (shape.form) {
-    case Form::whole:
-      return shape.dtype == DType::f64 ? stepper_of<Whole<double>>(shape) : stepper_of<Whole<float>>(shape);
-    case Form::bf16:
-      return shape.dtype == DType::bf16 ? stepper_of<RowPairs>(shape) : stepper_of<Halves>(shape);
-    case Form::int8:
-      return stepper_of<Quarters>(shape);
+#ifdef RK_OTHERS
+  if (shape.form == Form::whole || (shape.form == Form::bf16 && shape.dtype != DType::bf16))
+    return RK_OTHERS.stepper(shape);
+#else
+  if (shape.form == Form::whole) {
+    if (shape.dtype == DType::f64) return new Stream<Whole<double>>(shape);
+    return new Stream<Whole<float>>(shape);
   }
-  return nullptr;
+  if (shape.form == Form::bf16 && shape.dtype != DType::bf16) return new Stream<Halves>(shape);
+#endif
+  if (shape.form == Form::bf16) return new Stream<RowPairs>(shape);
+  return new Stream<Quarters>(shape);
 }
+#endif

@@ -19,6 +19,8 @@
 #define RK_BF16
 #define RK_VNNI
 #define RK_AMX
+#define RK_OTHERS kAvx512Bf16
+#define RK_SAME_STREAMS  // their rows do not lie evenly apart, as tiles want them
 
 #if defined(__clang__)
 #pragma clang attribute push(                                                                                 \

@@ -13,6 +13,7 @@
 #define RK_F16C
 #define RK_BF16
 #define RK_VNNI
+#define RK_OTHERS kAvx512
 
 #if defined(__clang__)
 #pragma clang attribute push(                                                                          \
