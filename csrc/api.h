@@ -110,7 +110,8 @@ struct StreamShape {
   bool projected = false;
 };
 
-// One layer as the caller has it, contiguous: weights in the form's type, biases in the accumulation dtype, or null.
+// One layer as the caller has it, contiguous: weights in the form's type, biases in the accumulation dtype, or null; so
+// w_hh [G*H] of a diagonal recurrence.
 struct StreamLayer {
   const void *w_ih = nullptr, *w_hh = nullptr, *w_hr = nullptr;   // [G*H, I], [G*H, P], [P, H]
   const void *b_ih = nullptr, *b_hh = nullptr;                    // [G*H]

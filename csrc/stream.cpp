@@ -130,7 +130,21 @@ PyObject* run_chunk(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   Py_RETURN_TRUE;
 }
 
-int64_t gates(const StreamShape& s) { return (s.cell == Cell::lstm ? 4 : s.cell == Cell::gru ? 3 : 1) * s.H; }
+bool diagonal(const StreamShape& s) { return s.cell == Cell::indrnn_tanh || s.cell == Cell::indrnn_relu; }
+
+int64_t gates(const StreamShape& s) {
+  switch (s.cell) {
+    case Cell::lstm:
+      return 4 * s.H;
+    case Cell::gru:
+      return 3 * s.H;
+    case Cell::mgu:
+    case Cell::ligru:
+      return 2 * s.H;
+    default:
+      return s.H;
+  }
+}
 
 DType sum_dtype(const StreamShape& s) { return s.dtype == DType::f64 ? DType::f64 : DType::f32; }
 
@@ -160,10 +174,14 @@ PyObject* pack(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   for (int64_t k = 0; k < s.layers; k++, args += kPerLayer) {
     StreamLayer& l = layers[k];
     if ((k || s.I) && !weights(args[0], rows, k ? s.P : s.I, &l.w_ih)) Py_RETURN_FALSE;
-    if (!weights(args[1], rows, s.P, &l.w_hh) || !address(args[2], sums, &rows, 1, &l.b_ih) ||
-        !address(args[3], sums, &rows, 1, &l.b_hh) || !scales(args[5], rows, &l.s_ih) ||
-        !scales(args[6], rows, &l.s_hh))
+    if (!address(args[2], sums, &rows, 1, &l.b_ih) || !address(args[3], sums, &rows, 1, &l.b_hh) ||
+        !scales(args[5], rows, &l.s_ih))
       Py_RETURN_FALSE;
+    if (diagonal(s)) {  // a vector, kept as the biases are
+      if (!address(args[1], sums, &rows, 1, &l.w_hh) || !l.w_hh) Py_RETURN_FALSE;
+    } else if (!weights(args[1], rows, s.P, &l.w_hh) || !scales(args[6], rows, &l.s_hh)) {
+      Py_RETURN_FALSE;
+    }
     if (s.projected && (!weights(args[4], s.P, s.H, &l.w_hr) || !scales(args[7], s.P, &l.s_hr))) Py_RETURN_FALSE;
   }
   StreamHead head;

@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from rnnkern.beyond import MGU, IndRNN, LiGRU
 from rnnkern.convert import PAIRS
 from rnnkern.seq2seq import Decoder, DecoderState, Seq2Seq
 
-RECURRENT = tuple(kind for pair in PAIRS for kind in pair if not issubclass(kind, nn.RNNCellBase))
+RECURRENT = (*(kind for pair in PAIRS for kind in pair if not issubclass(kind, nn.RNNCellBase)), MGU, IndRNN, LiGRU)
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,10 @@ def steps_of(model: Any, state: Any) -> tuple[Steps, Any]:
         if len(model) != 3:
             raise ValueError(f"generate: expected (embedding, rnn, head), got a tuple of {len(model)}")
         if not isinstance(model[1], RECURRENT):
-            raise TypeError(f"generate: expected an RNN, LSTM or GRU between the two, got {type(model[1]).__name__}")
+            raise TypeError(
+                "generate: expected an RNN, LSTM, GRU, MGU, IndRNN or LiGRU between the two, got "
+                f"{type(model[1]).__name__}"
+            )
         return Network(*model), state
     if not callable(model):
         raise TypeError(

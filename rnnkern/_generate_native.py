@@ -46,8 +46,12 @@ class Plan:
             shape = _stream.Shape.of(rnn)
         except (TypeError, ValueError) as error:
             return str(error).removeprefix("Stream: ")
+        if shape.options != PLAIN:
+            return f"the network has {shape.options.scanned(training=False)}"
         if rnn.training and _drops(rnn):
             return "the network is in training mode, with dropout: call its eval() first"
+        if rnn.training and getattr(rnn, "batch_norm", False):
+            return "the network is in training mode, with batch norm: call its eval() first"
         weights = [*rnn.parameters(), *head.parameters(), *(steps.embedding.parameters() if steps.embedding else ())]
         dtype = weights[0].dtype
         if any(w.device.type != "cpu" for w in (*weights, prompt)):

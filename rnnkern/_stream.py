@@ -10,11 +10,15 @@ import torch
 from torch import Tensor
 
 from rnnkern import _call, dispatch
-from rnnkern._options import Extended
+from rnnkern._options import PLAIN, Extended, Options
+from rnnkern._stack import Stack
 from rnnkern.backends.base import accumulation_dtype
+from rnnkern.beyond import MGU, IndRNN, LiGRU
 from rnnkern.cells import CELLS
 from rnnkern.convert import PAIRS
 
+KINDS = (*(theirs for theirs, _ in PAIRS), MGU, IndRNN, LiGRU)
+FORWARDS = [kind.forward for kind in (*KINDS, *(ours for _, ours in PAIRS))]
 FORMS = {None: 0, "bf16": 1, "int8": 2}  # how weights are kept; the numbers are csrc/api.h's
 WIDEST = 1 << 16  # along a sum of int8: more might not fit the 32 bits that csrc/generic/forms-inl.h adds them up in
 
@@ -30,6 +34,7 @@ class Shape:
     P: int
     is_cell: bool  # a module of one step: states without layers
     batch_first: bool
+    options: Options = PLAIN  # those that count in evaluation
 
     @property
     def suffix(self) -> str:
@@ -43,12 +48,11 @@ class Shape:
     @classmethod
     def of(cls, module: torch.nn.Module) -> Shape:
         """Raises where steps of a stream would not be what the module computes."""
-        kind = next((theirs for theirs, _ in PAIRS if isinstance(module, theirs)), None)
+        kind = next((kind for kind in KINDS if isinstance(module, kind)), None)
         if kind is None:
-            names = ", ".join(theirs.__name__ for theirs, _ in PAIRS)
+            names = ", ".join(kind.__name__ for kind in KINDS)
             raise TypeError(f"Stream: expected a module of torch.nn or rnnkern ({names}), got {type(module).__name__}")
-        forwards = [kind.forward for pair in PAIRS for kind in pair]
-        if type(module).forward not in forwards or "forward" in module.__dict__:
+        if type(module).forward not in FORWARDS or "forward" in module.__dict__:
             raise TypeError(f"Stream: {type(module).__name__} has a forward of its own, which a stream would not run")
         if module._forward_hooks or module._forward_pre_hooks:
             raise TypeError(f"Stream: the {kind.__name__} has forward hooks, which a stream would not run")
@@ -58,17 +62,22 @@ class Shape:
                 "Stream: the module is bidirectional: its backward direction begins at the end of the sequence, which "
                 "a stream has not seen"
             )
-        if isinstance(m, Extended) and (richer := replace(m.options, grad_clip=0.0).scanned(training=False)):
-            raise ValueError(f"Stream: a step of a stream is a plain one, and the module has {richer}")
+        options = PLAIN
+        if isinstance(m, Extended):
+            options = replace(
+                m.options, recurrent_dropout=0.0, recurrent_dropout_mode="sequence", weight_dropout=0.0, grad_clip=0.0
+            )
         is_cell = isinstance(m, torch.nn.RNNCellBase)
         if isinstance(m, (torch.nn.RNN, torch.nn.RNNCell)):
             relu = m.mode == "RNN_RELU" if isinstance(m, torch.nn.RNN) else m.nonlinearity == "relu"
             cell = "rnn_relu" if relu else "rnn_tanh"
+        elif isinstance(m, Stack):
+            cell = m._cell
         else:
             cell = "lstm" if kind.__name__.startswith("LSTM") else "gru"
         P = 0 if is_cell else m.proj_size
         layers, batch_first = (1, False) if is_cell else (m.num_layers, m.batch_first)
-        return cls(cell, layers, m.input_size, m.hidden_size, P or m.hidden_size, is_cell, batch_first)
+        return cls(cell, layers, m.input_size, m.hidden_size, P or m.hidden_size, is_cell, batch_first, options)
 
     def sizes(self, B: int) -> tuple[tuple[int, int, int], ...]:
         """Of the states."""
@@ -85,7 +94,11 @@ def quantized(w: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def snapshot(module: torch.nn.Module, shape: Shape, dtype: torch.dtype, form: str | None) -> list[Tensor | None]:
-    """Copies of w_ih, w_hh, b_ih, b_hh, w_hr and the weights' scales of every layer, as csrc/stream.cpp packs them."""
+    """Copies of w_ih, w_hh, b_ih, b_hh, w_hr and the weights' scales of every layer, as csrc/stream.cpp packs them.
+
+    After those of a layer come the parameters of its options.
+    """
+    spec, extra = CELLS[shape.cell], shape.options.extra(shape.cell)
     wide, flat = accumulation_dtype(dtype), []
     kept = torch.bfloat16 if form == "bf16" or dtype == torch.bfloat16 else wide
     for k in range(shape.layers):
@@ -99,15 +112,20 @@ def snapshot(module: torch.nn.Module, shape: Shape, dtype: torch.dtype, form: st
         weights: list[Tensor | None] = [get("weight_ih"), get("weight_hh"), w_hr]
         biases = [get("bias_ih"), get("bias_hh")]
         found = [None if w is None else tuple(w.shape) for w in (*weights, *biases)]
-        tall = len(CELLS[shape.cell].gates) * shape.H
-        sizes = [(tall, shape.P if k else shape.I), (tall, shape.P), (shape.P, shape.H), (tall,), (tall,)]
+        tall = len(spec.gates) * shape.H
+        recurrent = spec.recurrent_shape(shape.H, shape.P)
+        sizes = [(tall, shape.P if k else shape.I), recurrent, (shape.P, shape.H), (tall,), (tall,)]
         if None in found[:2] or any(f not in (None, size) for f, size in zip(found, sizes, strict=True)):
             raise RuntimeError(f"Stream: expected weights of shapes {sizes} in layer {k}, got {found}")
+        if isinstance(module, LiGRU) and module.batch_norm:
+            weights[0], biases[0] = module._folded(suffix, wide)
         scales: list[Tensor | None] = [None, None, None]
         for i, w in enumerate(weights):
             if w is None:
                 continue
-            if form == "int8":
+            if w.dim() == 1:  # of a diagonal recurrence: kept as the biases are
+                weights[i] = w.to(wide, copy=True)
+            elif form == "int8":
                 if not w.isfinite().all():
                     raise ValueError(f"Stream: weights='int8' needs finite weights; those of layer {k} have NaN or Inf")
                 weights[i], scales[i] = quantized(w)
@@ -115,6 +133,7 @@ def snapshot(module: torch.nn.Module, shape: Shape, dtype: torch.dtype, form: st
                 weights[i] = w.to(kept, copy=True)
         wide_biases = (None if b is None else b.to(wide, copy=True) for b in biases)
         flat += [*weights[:2], *wide_biases, weights[2], *scales]
+        flat += [getattr(module, name + suffix).detach().to(dtype, copy=True) for name in extra]
     return [None if t is None else t.contiguous() for t in flat]
 
 
@@ -146,17 +165,20 @@ class Functional:
 
     def pack(self, *flat: Tensor | None) -> bool:
         weights = []
-        for k in range(0, len(flat), 8):
-            w_ih, w_hh, b_ih, b_hh, w_hr, *scales = flat[k : k + 8]
+        per = len(flat) // self.shape.layers
+        for k in range(0, len(flat), per):
+            w_ih, w_hh, b_ih, b_hh, w_hr = flat[k : k + 5]
+            scales, extra = flat[k + 5 : k + 8], flat[k + 8 : k + per]
             matrices = []
             for w, scale in zip((w_ih, w_hh, w_hr), scales, strict=True):
                 if w is not None:
                     w = w.to(self.dtype) if scale is None else (w.float() * scale.unsqueeze(1)).to(self.dtype)
                 matrices.append(w)
             if (b_ih is None) != (b_hh is None):  # as in torch, a bias set to None is zero
-                b_ih, b_hh = (torch.zeros_like(b_hh if b is None else b) for b in (b_ih, b_hh))  # type: ignore[arg-type]
+                zero = torch.zeros_like(b_hh if b_ih is None else b_ih)  # type: ignore[arg-type]
+                b_ih, b_hh = (zero if b is None else b for b in (b_ih, b_hh))
             biases = [None if b is None else b.to(self.dtype) for b in (b_ih, b_hh)]
-            weights += [w for w in (*matrices[:2], *biases, matrices[2]) if w is not None]
+            weights += [w for w in (*matrices[:2], *biases, matrices[2], *extra) if w is not None]
         with self:
             self.weights = weights
         return True
@@ -201,11 +223,11 @@ class Functional:
         return True
 
     def _call(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        s, per = self.shape, len(self.weights) // self.shape.layers
-        bias = per >= 4
+        s = self.shape
+        bias = len(self.weights) // s.layers - len(s.options.extra(s.cell)) >= 4
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False), dispatch.use_backend(self.backend):
             y, states, _ = _call.run(
                 s.cell, x, self.states, self.weights, bias, s.layers, 0.0, False, False, False, None, None, None, None,
-                False,
+                False, "save", s.options,
             )  # fmt: skip
         return y, states

@@ -260,6 +260,15 @@ class LiGRU(_OneState):
             rest.append(Group(None, None, params))
         return torch.stack(columns, 1), rest
 
+    def _folded(self, end: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """`weight_ih` and `bias_ih` that have normalisation by the running estimates in them."""
+        names = ("weight_ih", "bn_ih", "bn_mean", "bn_var")
+        weight, gain, mean, var = (getattr(self, name + end).detach().to(dtype) for name in names)
+        scale = gain * (var + self.eps).rsqrt()
+        shift = -mean * scale
+        bias = getattr(self, "bias_ih" + end, None)
+        return weight * scale.unsqueeze(1), shift if bias is None else shift + bias.detach().to(dtype)
+
     def _over_existing(self, product: Tensor, exist: Tensor, mean: Tensor, var: Tensor) -> Tensor:
         """Batch normalisation of the rows that exist; without looking for them, which would wait for a GPU."""
         product = product.to(accumulation_dtype(product.dtype))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rnnkern import _checks, _fast, _stream, dispatch
+from rnnkern._options import PLAIN
 
 Rows = Tensor | Sequence[int] | Sequence[bool]
 State = Tensor | tuple[Tensor, Tensor]
@@ -18,35 +19,36 @@ class Stream:
     r"""A recurrent module that runs step by step, for sequences that come as one goes.
 
     The module's weights are copied and packed once, when the stream is made, and the states stay inside: a step is one
-    call with nothing to prepare. It computes what the module computes in evaluation mode (no dropout) without
-    gradients. Weights that change in the module later do not matter until :meth:`refresh`.
+    call with nothing to prepare. It computes what the module computes in evaluation mode (no dropout, batch norm by the
+    running estimates) without gradients. Weights that change in the module later do not matter until :meth:`refresh`.
 
     Args:
-        module: an RNN, LSTM, GRU, RNNCell, LSTMCell or GRUCell of torch.nn or rnnkern; not bidirectional, without
-            forward hooks. Any number of layers, `proj_size`, with or without bias.
+        module: an RNN, LSTM, GRU, RNNCell, LSTMCell or GRUCell of torch.nn or rnnkern, or an MGU, IndRNN or LiGRU; not
+            bidirectional, without forward hooks. Any number of layers, `proj_size`, with or without bias. With
+            rnnkern's options too, as they are in evaluation: `zoneout` is its fixed mixture, dropouts are none.
         batch_size: number of streams that run side by side, each with states of its own. Default: 1
         dtype: dtype of inputs, outputs and states. Default: that of the module's weights
         weights: how the weight matrices are kept: ``None`` as in `dtype`; ``"bf16"``; ``"int8"``, symmetric with a
-            scale for each row. Fewer bytes are faster, because every step reads all of them. Inputs, states and sums
-            keep their precision; with ``"int8"`` on processors with AVX-512 VNNI, `x` and `h` are multiplied as 16-bit
-            integers, scaled by the largest of their row. Relative L2 error of `h` over 1000 steps, measured: bf16 0.1
-            to 0.24 %, int8 0.27 to 0.4 % with initial and 0.4 to 0.8 % with trained weights. Default: ``None``
+            scale for each row. Fewer bytes are faster, because every step reads all of them. Inputs, states, sums and
+            vectors (IndRNN's `weight_hh`) keep their precision; with ``"int8"`` on processors with AVX-512 VNNI, `x`
+            and `h` are multiplied as 16-bit integers, scaled by the largest of their row. Relative L2 error of `h` over
+            1000 steps, measured: bf16 0.1 to 0.24 %, int8 0.27 to 0.4 % with initial and 0.4 to 0.8 % with trained
+            weights. Default: ``None``
         out: tensor `(batch_size, H_out)` that every :meth:`step` writes to and returns; without it every step returns a
             fresh one. What an earlier step returned is then gone. Default: ``None``
 
     Attributes:
         batch_size, dtype, device: as given, or the module's.
         backend: ``"cpp"``, or ``"functional"`` where the steps go through :mod:`rnnkern.functional` (on a GPU, without
-            the extension, or inside :class:`rnnkern.use_backend` with another name when the stream was made): the same
-            numbers, but slower.
+            the extension, of a module with `zoneout`, `layer_norm`, `peephole`, `cell_clip` or `proj_clip`, or inside
+            :class:`rnnkern.use_backend` with another name when the stream was made): the same numbers, but slower.
 
     A stream runs on the thread that calls it. Several streams may run in several threads at once; steps of more than
     some 20 microseconds let other Python threads run meanwhile. Two threads in one stream at once are an error.
 
     Raises:
         TypeError: not such a module, or one whose forward is not torch.nn's or rnnkern's.
-        ValueError: a bidirectional module, one with options that change its steps (`zoneout`, `layer_norm`, `peephole`,
-            clips), a batch size below 1, an unknown form of weights, or one for float64; `out`
+        ValueError: a bidirectional module, a batch size below 1, an unknown form of weights, or one for float64; `out`
             that does not fit; weights for int8 that are not finite.
         RuntimeError: later, a call while another thread is in this stream.
 
@@ -94,6 +96,8 @@ class Stream:
         """The extension's stream, or None where it is not to be used."""
         s = self._shape
         if self.device.type != "cpu" or dispatch.requested() not in (None, "cpp") or not s.I or not _fast.available():
+            return None
+        if s.options != PLAIN:
             return None
         from rnnkern import _cpu
         from rnnkern.backends import cpp

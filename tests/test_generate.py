@@ -326,6 +326,24 @@ def test_native_beams_are_those_of_python(cell: str) -> None:
         torch.testing.assert_close(found[0].scores, found[1].scores)
 
 
+@pytest.mark.parametrize("kind", ["MGU", "IndRNN", "LiGRU"])
+@pytest.mark.parametrize("embedding", ["embedding", "one-hot"])
+def test_cells_that_torch_does_not_have(kind: str, embedding: str, engine: str) -> None:
+    """With what all others are tested with: written, drawn and searched as the network's own steps do it."""
+    rnn = getattr(rnnkern, kind)(6 if embedding == "embedding" else 40, 17, 2).double()
+    for name, value in rnn.state_dict().items():
+        value.uniform_(0.5, 0.9) if name.startswith("bn_var") else value.normal_(std=0.5)
+    made = (nn.Embedding(40, 6).double() if embedding == "embedding" else None, rnn.eval(), nn.Linear(17, 40).double())
+    prompt = torch.randint(40, (4, 3))
+    for chosen in ({}, {"do_sample": True, "top_k": 9}, {"num_beams": 3, "eos_token_id": 7}):
+        found = []
+        for backend in ("reference", "cpp" if engine != "python" else "numba"):
+            with rnnkern.use_backend(backend):
+                torch.manual_seed(3)
+                found.append(written(generate(made, prompt, 15, **chosen)))
+        assert found[0] == found[1], chosen
+
+
 # ---- other models ----------------------------------------------------------------------------------------------------
 
 
@@ -411,6 +429,7 @@ def refusals() -> list[tuple[str, Any]]:
         ("has forward hooks", (e, hooked(nn.GRU(6, 17)), h)),
         ("Sequential is not Linear", (e, r, nn.Sequential(h))),
         ("zoneout", (e, rnnkern.GRU(6, 17, zoneout=0.1), h)),
+        ("training mode, with batch norm", (e, rnnkern.LiGRU(6, 17), h)),
         ("training mode, with dropout", (e, nn.GRU(6, 17, 2, dropout=0.5), h)),
         ("training mode, with dropout", (e, rnnkern.GRU(6, 17, weight_dropout=0.5), h)),
         ("training mode, with dropout", (e, rnnkern.GRU(6, 17, recurrent_dropout=0.5), h)),

@@ -19,15 +19,13 @@ static void forward(const Forward& call) { run_dtype<ForwardScan>(call); }
 static void backward(const Backward& call) { run_dtype<BackwardScan>(call); }
 
 static Stepper* stepper(const StreamShape& shape) {
-  switch (shape.form) {
-    case Form::whole:
-      return shape.dtype == DType::f64 ? stepper_of<Whole<double>>(shape) : stepper_of<Whole<float>>(shape);
-    case Form::bf16:
-      return shape.dtype == DType::bf16 ? stepper_of<RowPairs>(shape) : stepper_of<Halves>(shape);
-    case Form::int8:
-      return stepper_of<Quarters>(shape);
+  if (shape.form == Form::int8) return new Stream<Quarters>(shape);
+  if (shape.form == Form::bf16) {
+    if (shape.dtype == DType::bf16) return new Stream<RowPairs>(shape);
+    return new Stream<Halves>(shape);
   }
-  return nullptr;
+  if (shape.dtype == DType::f64) return new Stream<Whole<double>>(shape);
+  return new Stream<Whole<float>>(shape);
 }
 
 static Attention* attention(const AttentionShape& shape) {

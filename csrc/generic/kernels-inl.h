@@ -63,20 +63,3 @@ static void run_cell(const Call& call) {
       return Driver<SLstm, M>::run(call);
   }
 }
-
-template <class M>
-static Stepper* stepper_of(const StreamShape& shape) {
-  switch (shape.cell) {
-    case Cell::rnn_tanh:
-      return new Stream<Rnn<false>, M>(shape);
-    case Cell::rnn_relu:
-      return new Stream<Rnn<true>, M>(shape);
-    case Cell::lstm:
-      return new Stream<Lstm, M>(shape);
-    case Cell::gru:
-      return new Stream<Gru, M>(shape);
-    default:
-      break;  // Python refuses the others
-  }
-  return nullptr;
-}

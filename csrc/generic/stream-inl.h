@@ -2,9 +2,20 @@
 // ISA namespace.
 //
 // A row of a layer is [x, h], as the products take it, and their weights lie side by side in the panels: one product
-// over both where a gate takes their sum. The panels' layout is that of product-inl.h.
+// over both where a gate takes their sum. The panels' layout is that of product-inl.h. Only step_row is compiled for
+// each cell; all else knows of it what CellTraits has, at run time.
 
-template <class Cell, class M>
+struct CellTraits {
+  int gates, states;
+  bool split, diagonal;
+
+  template <class C>
+  static constexpr CellTraits of() {
+    return {C::kGates, C::kStates, C::kSplit, C::kDiagonal};
+  }
+};
+
+template <class M>
 class Stream final : public Stepper, Stored<typename M::CT> {
   typedef typename M::CT CT;
   typedef Stored<CT> Io;
@@ -13,9 +24,7 @@ class Stream final : public Stepper, Stored<typename M::CT> {
   typedef typename M::W W;
   typedef typename M::Kept Kept;
   typedef vec<CT> V;
-  static constexpr int n = Simd<CT>::n, G = Cell::kGates;
-  static constexpr int kUnits = units_in_panel(G), kWide = units_in_panel(1);
-  static constexpr bool kJoined = !Cell::kSplit && !M::kScaled;
+  static constexpr int n = Simd<CT>::n, kWide = units_in_panel(1);
 
   // Weights of one product, in panels, and what goes with their columns.
   struct Matrix {
@@ -34,6 +43,7 @@ class Stream final : public Stepper, Stored<typename M::CT> {
     Owned<W> gates, hr;  // [panel][steps of x, then of h][vectors][n]
     Owned<A> row;
     Owned<CT> c;
+    Owned<CT> own;  // [block][G][n] of a diagonal recurrence, which has no panels of h
     int64_t steps() const { return part[kInput].steps + part[kHidden].steps; }
   };
   struct Layers {
@@ -44,13 +54,18 @@ class Stream final : public Stepper, Stored<typename M::CT> {
 
  public:
   explicit Stream(const StreamShape& s) : Io(s.dtype), s_(s), layers_(s.layers) {
+    choose_cell();
+    const int G = cell_.gates;
+    units_ = units_in_panel(G);
+    joined_ = !cell_.split && !M::kScaled;
     blocks_ = ceil_div(s.H, n);
     out_blocks_ = ceil_div(s.P, n);
     m_stride_ = (blocks_ + 1) * n;
     for (int64_t k = 0; k < s.layers; k++) {
       Layer& l = layers_.layer[k];
       l.I = k ? s.P : s.I;
-      const int64_t sums[] = {l.I, s.P, s.H}, columns[] = {blocks_ * G * n, blocks_ * G * n, out_blocks_ * n};
+      const int64_t sums[] = {l.I, cell_.diagonal ? 0 : s.P, s.H},
+                    columns[] = {blocks_ * G * n, blocks_ * G * n, out_blocks_ * n};
       for (int i = 0; i < (s.projected ? 3 : 2); i++) {
         l.part[i].steps = ceil_div(sums[i], M::kPair);
         l.part[i].bias.allocate(columns[i]);
@@ -63,7 +78,8 @@ class Stream final : public Stepper, Stored<typename M::CT> {
       l.gates.allocate(columns[0] * l.steps());
       if (s.projected) l.hr.allocate(columns[2] * l.part[kProjection].steps);
       l.row.allocate(s.B * l.stride);
-      if (Cell::kStates > 1) l.c.allocate(s.B * blocks_ * n);
+      if (cell_.diagonal) l.own.allocate(columns[1]);
+      if (cell_.states > 1) l.c.allocate(s.B * blocks_ * n);
     }
     if (s.V) {
       const int64_t columns = ceil_div(s.V, n) * n;
@@ -92,7 +108,7 @@ class Stream final : public Stepper, Stored<typename M::CT> {
     for (int64_t k = 0; k < s_.layers; k++) {
       Layer& l = layers_.layer[k];
       const StreamLayer& from = layers[k];
-      for (int64_t b = 0; b < blocks_; b += kUnits) pack_gates(l, from, b);
+      for (int64_t b = 0; b < blocks_; b += units_) pack_gates(l, from, b);
       if (s_.projected) pack_wide(l.part[kProjection], l.hr, from.w_hr, s_.P, s_.H, nullptr, from.s_hr);
     }
     if (s_.V) pack_wide(head_, head_panels_, head.w, s_.V, s_.P, head.b, head.s);
@@ -158,7 +174,7 @@ class Stream final : public Stepper, Stored<typename M::CT> {
     for (int64_t k = 0; k < s_.layers; k++) {
       Layer& l = layers_.layer[k];
       select_rows(l.row + l.h, l.stride, s_.P, from);
-      if (Cell::kStates > 1) select_rows((CT*)l.c, blocks_ * n, s_.H, from);
+      if (cell_.states > 1) select_rows((CT*)l.c, blocks_ * n, s_.H, from);
     }
   }
 
@@ -218,7 +234,7 @@ class Stream final : public Stepper, Stored<typename M::CT> {
   // ---- packing -----------------------------------------------------------------------------------------------------
 
   void pack_gates(Layer& l, const StreamLayer& from, int64_t block) {
-    int units = Range{0, blocks_}.take(block, kUnits), NV = units * G;
+    int units = Range{0, blocks_}.take(block, units_), G = cell_.gates, NV = units * G;
     Matrix &x = l.part[kInput], &h = l.part[kHidden];
     W* panel = l.gates + block * G * n * l.steps();
     for (int u = 0; u < units; u++)
@@ -227,9 +243,10 @@ class Stream final : public Stepper, Stored<typename M::CT> {
         int v = u * G + k;
         pack_block(x, (const Kept*)from.w_ih, l.I, (const CT*)from.b_ih, from.s_ih, first, end, at, (Kept*)panel, NV,
                    v);
-        pack_block(h, (const Kept*)from.w_hh, s_.P, (const CT*)from.b_hh, from.s_hh, first, end, at,
-                   (Kept*)(panel + x.steps * NV * n), NV, v);
-        if (kJoined) store(x.bias + at, load(x.start(at)) + load(h.start(at)));
+        pack_block(h, (const Kept*)from.w_hh, cell_.diagonal ? 0 : s_.P, (const CT*)from.b_hh, from.s_hh, first, end,
+                   at, (Kept*)(panel + x.steps * NV * n), NV, v);
+        if (cell_.diagonal) store(l.own + at, load((const CT*)from.w_hh + first, left(end, first)));
+        if (joined_) store(x.bias + at, load(x.start(at)) + load(h.start(at)));
       }
   }
 
@@ -249,7 +266,7 @@ class Stream final : public Stepper, Stored<typename M::CT> {
                   int64_t at, Kept* panel, int NV, int v) {
     int rows = left(end, first);
     if (bias) store(to.bias + at, load(bias + first, rows));
-    for (int i = 0; M::kScaled && i < rows; i++) to.scale[at + i] = scale[first + i], to.offset[at + i] = 0;
+    for (int i = 0; M::kScaled && scale && i < rows; i++) to.scale[at + i] = scale[first + i], to.offset[at + i] = 0;
     pack_lanes<M>(w + first * K, K, rows, (W*)panel, NV, v);
     if constexpr (M::kScaled)
       for (int i = 0; i < rows; i++)
@@ -293,21 +310,22 @@ class Stream final : public Stepper, Stored<typename M::CT> {
 
   void advance(Layer& l, int64_t count, const CT* const* gates) {
     set_rows(kInput, count, l.row, l.stride, l.I);
-    if (!kJoined) set_rows(kHidden, count, l.row + l.h, l.stride, s_.P);
+    if (!joined_ && !cell_.diagonal) set_rows(kHidden, count, l.row + l.h, l.stride, s_.P);
     const Matrix &x = l.part[kInput], &h = l.part[kHidden];
-    Walk walk{{0, blocks_}, kUnits, back_};  // back and forth: what was read last is still in the nearest cache
+    const int G = cell_.gates;
+    Walk walk{{0, blocks_}, units_, back_};  // back and forth: what was read last is still in the nearest cache
     for (int64_t p = 0; p < walk.count(); p++) {
       int64_t b = walk[p], at = b * G * n;
       int units = walk.units(p), NV = units * G;
       const W *panel = l.gates + at * l.steps(), *next = l.gates + walk.next(p) * G * n * l.steps();
-      if (kJoined) {
+      if (joined_) {
         product(kInput, count, NV, panel, next, l.steps(), x, at, sums_[0]);
       } else {
         const W* second = panel + x.steps * NV * n;
         product(kInput, count, NV, panel, second, x.steps, x, at, sums_[0]);
         product(kHidden, count, NV, second, next, h.steps, h, at, sums_[1]);
       }
-      for (int64_t i = 0; i < count; i++) step_row(l, i, b, units, gates ? gates[active_[i]] : nullptr);
+      for (int64_t i = 0; i < count; i++) (this->*step_)(l, i, b, units, gates ? gates[active_[i]] : nullptr);
     }
     if (s_.projected)
       project(l, count);
@@ -316,7 +334,10 @@ class Stream final : public Stepper, Stored<typename M::CT> {
   }
 
   // The gates of one row's hidden units, with what is given of them; h' goes to m, because other blocks still read h.
+  template <class Cell>
   void step_row(Layer& l, int64_t i, int64_t block, int units, const CT* given) {
+    constexpr int G = Cell::kGates;
+    constexpr bool kJoined = !Cell::kSplit && !M::kScaled;
     const CT *gx = sums_[0] + i * units * G * n, *gh = sums_[1] + i * units * G * n;
     A* m = m_ + active_[i] * m_stride_;
     for (int u = 0; u < units; u++) {
@@ -326,6 +347,7 @@ class Stream final : public Stepper, Stored<typename M::CT> {
         x[k] = load(gx + (u * G + k) * n);
         if (given) x[k] += load(given + k * s_.H + j, left(s_.H, j));
         h[k] = kJoined ? V{} : load(gh + (u * G + k) * n);
+        if (Cell::kDiagonal) h[k] += load(l.own + (j * G + k * n)) * load(row(l, i) + l.h + j);
       }
       if (Cell::kReadsH) state[0] = load(row(l, i) + l.h + j);
       CT* c = l.c + active_[i] * blocks_ * n + j;
@@ -374,7 +396,38 @@ class Stream final : public Stepper, Stored<typename M::CT> {
     }
   }
 
+  template <class Cell>
+  void use_cell() {
+    cell_ = CellTraits::of<Cell>();
+    step_ = &Stream::step_row<Cell>;
+  }
+
+  void choose_cell() {
+    switch (s_.cell) {
+      case Cell::rnn_tanh:
+        return use_cell<Rnn<false>>();
+      case Cell::rnn_relu:
+        return use_cell<Rnn<true>>();
+      case Cell::lstm:
+        return use_cell<Lstm>();
+      case Cell::gru:
+        return use_cell<Gru>();
+      case Cell::mgu:
+        return use_cell<Mgu>();
+      case Cell::indrnn_tanh:
+        return use_cell<IndRnn<false>>();
+      case Cell::indrnn_relu:
+        return use_cell<IndRnn<true>>();
+      case Cell::ligru:
+        return use_cell<LiGru>();
+    }
+  }
+
   StreamShape s_;
+  CellTraits cell_;
+  void (Stream::*step_)(Layer&, int64_t, int64_t, int, const CT*);
+  int units_;    // blocks in a panel
+  bool joined_;  // x and h in one product
   Layers layers_;
   Matrix head_;
   Owned<W> head_panels_;

@@ -28,8 +28,8 @@ namespace avx512_bf16 {
 #include "../generic/bf16-inl.h"
 
 static Stepper* stepper(const StreamShape& shape) {
-  if (shape.form == Form::int8) return stepper_of<Quarters>(shape);  // by bytes: VNNI
-  if (shape.form == Form::bf16 && shape.dtype == DType::bf16) return stepper_of<RowPairs>(shape);
+  if (shape.form == Form::int8) return new Stream<Quarters>(shape);  // by bytes: VNNI
+  if (shape.form == Form::bf16 && shape.dtype == DType::bf16) return new Stream<RowPairs>(shape);
   return kAvx512.stepper(shape);
 }
 
