@@ -177,7 +177,7 @@ def test_native_code_draws_what_python_draws(kind: str, form: str, isa: str) -> 
 def test_goes_on_from_a_step(kind: str, form: str, isa: str) -> None:
     """With what was fed back then; and nothing of the caller's changes."""
     made = case(kind, form, lengths=(7, 2, 5, 1))
-    with torch.no_grad():
+    with torch.no_grad(), rnnkern.use_backend("torch"):
         state = made.decoder.step(torch.tensor([1, 2, 3, 4]), made.state)[1]
     kept = copy.deepcopy(state)
     later = made._replace(state=state)
