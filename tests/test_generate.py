@@ -409,7 +409,7 @@ def test_decoders(attention: str | None, options: dict[str, Any]) -> None:
                 rows.append(token := logits.argmax(-1))
             for n in range(4):
                 assert torch.stack(rows)[: out.lengths[n], n].tolist() == out.tokens[n, : out.lengths[n]].tolist()
-    if attention is None and NATIVE:
+    if NATIVE:
         with rnnkern.use_backend("cpp"):
             assert written(generate(decoder, torch.full((4, 1), 8), 10, state=state, eos_token_id=0, **options)) == (
                 written(out)

@@ -177,7 +177,7 @@ def test_native_code_draws_what_python_draws(kind: str, form: str, isa: str) -> 
 def test_goes_on_from_a_step(kind: str, form: str, isa: str) -> None:
     """With what was fed back then; and nothing of the caller's changes."""
     made = case(kind, form, lengths=(7, 2, 5, 1))
-    with torch.no_grad():
+    with torch.no_grad(), rnnkern.use_backend("torch"):
         state = made.decoder.step(torch.tensor([1, 2, 3, 4]), made.state)[1]
     kept = copy.deepcopy(state)
     later = made._replace(state=state)
@@ -278,12 +278,12 @@ def test_what_native_code_leaves_to_python(reason: str, change: Any) -> None:
 def test_what_does_not_fit_is_said_by_the_decoder() -> None:
     """The errors of Decoder.step, native code asked for or not."""
     made = case("dot", "feeding")
-    other = case("multiplicative", "luong", S=5)
+    other = case("multiplicative", "feeding", S=5)
     broken = [
         (made._replace(prompt=torch.randint(11, (3, 2))), "expected tokens of 4 rows, as the state has, got 3"),
         (made._replace(state=DecoderState(made.state.hx, made.state.readout, None)), "NoneType"),
         (made._replace(state=DecoderState(made.state.hx, None, made.state.source)), "NoneType"),
-        (made._replace(state=other.state), ""),
+        (made._replace(state=other.state), "shapes cannot be multiplied"),
         (made._replace(prompt=torch.full((4, 1), 11)), r"the prompt's tokens must lie in \[0, 10\]"),
     ]
     for case_, message in broken:
