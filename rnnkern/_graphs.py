@@ -43,8 +43,9 @@ left_to_python(outside, f"rnnkern: {PACKED}")
 
 def _node(requested: str | None, options: tuple[Any, ...] | None, heads: int, *arguments: Any) -> Any:
     # The backend that was asked for is read further down: it is an argument so that Dynamo guards it.
-    given = [*map(_static, arguments), PLAIN if options is None else Options(*map(_static, options))]
-    return _call.run(*given, heads=heads)
+    chosen = PLAIN if options is None else Options(*map(_static, options))
+    given: list[Any] = [*map(_static, arguments), chosen, None, heads]
+    return _call.run(*given)
 
 
 def _step_node(requested: str | None, *arguments: Any) -> Any:

@@ -296,7 +296,8 @@ class NumbaBackend:
         return ScanOutputs(
             y.to(storage),
             tuple(torch.from_numpy(v).to(s.dtype) for v, s in zip(final, inputs.states, strict=True)),
-            tuple(seq[:, :, k] if save_states else seq.new_empty(0) for k in range(others)),
+            # Of several, no two may be views of one tensor.
+            tuple(seq[:, :, k].contiguous() if save_states else seq.new_empty(0) for k in range(others)),
             planes.to(storage) if save_planes else empty,
             hidden.to(storage) if project and save_states else empty,
         )
