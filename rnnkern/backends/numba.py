@@ -23,7 +23,7 @@ from rnnkern.cells import CELLS
 _ROUNDING = {torch.bfloat16: driver.ROUND_BF16, torch.float16: driver.ROUND_FP16}
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _LARGE = 3 << 20  # multiply-adds in a step from which torch.mm and its call overhead beat the loop
-_PARAMS = ("w_hh", "b_hh", "w_hr", "ln_hh")
+_PLAIN = frozenset(("w_hh", "b_hh", "w_hr"))
 _SMALL = ("peephole_i", "peephole_f", "peephole_o", "ln_c", "ln_c_bias")
 _NO_RESET = np.empty((0, 0), np.bool_)
 
@@ -130,17 +130,7 @@ class _Beyond:
         self.masks = {
             name: _array(mask, torch.bool).view(np.uint8) for name, mask in zip(spec.noise, inputs.noise, strict=True)
         }
-        scales, scalar = dict(zip(spec.noise, spec.scales, strict=True)), work.states[0].dtype.type
-        self.numbers = {
-            "scale_h": scales.get("h", 1.0),
-            "scale_step": scales.get("h_step", 1.0),
-            "scale_candidate": scales.get("candidate", 1.0),
-            "share_h": spec.zoneout[0],
-            "share_c": spec.zoneout[1],
-            "proj_clip": spec.proj_clip,
-            "grad_clip": spec.grad_clip,
-        }
-        self.numbers = {name: scalar(value) for name, value in self.numbers.items()}
+        self.scales = dict(zip(spec.noise, spec.scales, strict=True))
         self.normed = "ln_hh" in spec.params
         parts = (0, *(count * work.H for count in CELLS[spec.cell].norm)) if self.normed else ()
         self.edges = np.cumsum(np.array(parts, np.int64))
@@ -148,9 +138,9 @@ class _Beyond:
     @staticmethod
     def of(inputs: ScanInputs, work: _Work) -> _Beyond | None:
         spec = inputs.spec
-        numbers = (*spec.zoneout, spec.cell_clip, spec.proj_clip, spec.grad_clip)
-        small = {"ln_hh", *_SMALL}.intersection(spec.params)
-        return _Beyond(inputs, work) if spec.noise or any(numbers) or small else None
+        mixes = spec.noise or any(spec.zoneout)
+        clips = spec.cell_clip or spec.proj_clip or spec.grad_clip
+        return _Beyond(inputs, work) if mixes or clips or not _PLAIN.issuperset(spec.params) else None
 
     def mask(self, name: str, width: int) -> np.ndarray:
         return self.masks[name] if name in self.masks else np.empty((0, self.work.N, width), np.uint8)
@@ -177,9 +167,8 @@ class _Beyond:
 
     def group(self, n: int, params: dict[str, Tensor], **back: np.ndarray) -> Options:
         """Those of group n; `back` has what a backward needs besides."""
-        work, order = self.work, self.work.rows.order
-        H, P, N, width = work.H, work.P, work.N, work.width
-        shapes = {"product": (width,), "projected": (P,), "past": (P,), "dprod": (N, width), "dgain": ()}
+        work, spec, order = self.work, self.inputs.spec, self.work.rows.order
+        H, P, N, width, number = work.H, work.P, work.N, work.width, work.states[0].dtype.type
         return Options(
             aux=self.aux(params),
             keep_h=self.masks["h"][n, order] if "h" in self.masks else np.empty((0, P), np.uint8),
@@ -187,25 +176,38 @@ class _Beyond:
             candidate=self.mask("candidate", H),
             zoneout_h=self.mask("zoneout_h", P),
             zoneout_c=self.mask("zoneout_c", H),
-            **self.numbers,
+            scale_h=number(self.scales.get("h", 1.0)),
+            scale_step=number(self.scales.get("h_step", 1.0)),
+            scale_candidate=number(self.scales.get("candidate", 1.0)),
+            share_h=number(spec.zoneout[0]),
+            share_c=number(spec.zoneout[1]),
+            proj_clip=number(spec.proj_clip),
+            grad_clip=number(spec.grad_clip),
             edges=self.edges,
             gain=params["ln_hh"].contiguous().numpy() if self.normed else self.nothing(),
             left=work.buffer(P),
             entered=np.empty(H, work.states[0].dtype),
-            **({name: self.nothing(*shape) for name, shape in shapes.items()} | back),
+            product=back.get("product", self.nothing(width)),
+            projected=back.get("projected", self.nothing(P)),
+            past=back.get("past", self.nothing(P)),
+            dprod=back.get("dprod", self.nothing(N, width)),
+            dgain=back.get("dgain", self.nothing()),
         )
 
-    def group_back(
-        self, n: int, params: dict[str, Tensor], entering: Entering, hidden: Tensor, dprod: np.ndarray
-    ) -> Options:
-        """The same for a backward, with what the forward did not save."""
-        back = {"past": self.work.buffer(self.work.P), "dprod": dprod}
+    def read(self, outputs: ScanOutputs) -> None:
+        """Makes this of a backward, by what the forward saved."""
+        self.entering, self.hidden = Entering(self.inputs, outputs.y.to(self.work.dtype), True), outputs.hidden
+        self.dprod = self.work.output(self.work.width, kept=self.normed)
+
+    def group_back(self, n: int, params: dict[str, Tensor]) -> Options:
+        """As `group`, with what the forward did not save."""
+        back = {"past": self.work.buffer(self.work.P), "dprod": self.dprod.numpy()}
         if self.normed:
-            h, w = entering(n), params["w_hh"]
+            h, w = self.entering(n), params["w_hh"]
             back["product"] = (h @ w.t() if self.work.dense else h * w).contiguous().numpy()
             back["dgain"] = np.zeros(self.work.width, self.work.states[0].dtype)
         if self.work.project and self.inputs.spec.proj_clip:
-            back["projected"] = (hidden[:, n].to(self.work.dtype) @ params["w_hr"].t()).numpy()
+            back["projected"] = (self.hidden[:, n].to(self.work.dtype) @ params["w_hr"].t()).numpy()
         return self.group(n, params, **back)
 
     def sums(self, o: Options) -> tuple[Tensor, ...]:
@@ -235,7 +237,7 @@ class NumbaBackend:
             reasons.append(f"device {gx.device} (it runs on cpu)")
         if gx.dtype not in _DTYPES:
             reasons.append(f"dtype {gx.dtype} (it does {', '.join(str(d) for d in _DTYPES)})")
-        known = {*_PARAMS, *_SMALL} & {*_PARAMS, *CELLS[spec.cell].small}
+        known = {*_PLAIN, "ln_hh", *(name for name in CELLS[spec.cell].small if name in _SMALL)}
         reasons += [f"parameter {p}" for p in spec.params if p not in known]
         two = len(CELLS[spec.cell].states) > 1
         known = {"h", "h_step", "zoneout_h", *CELLS[spec.cell].masks, *(("zoneout_c",) if two else ())}
@@ -323,14 +325,13 @@ class NumbaBackend:
         dends, dm, d = work.bring(dfinal), work.buffer(work.H), work.buffer(work.width)
         written = [t.numpy() for t in (dgx, dgh, dprojected)]
         fused, beyond = not work.by_torch(), _Beyond.of(inputs, work)
-        dprod = work.output(work.width, kept="ln_hh" in spec.params)
-        entering, dsmall = Entering(inputs, outputs.y.to(work.dtype), True), []
+        dsmall: list[tuple[Tensor, ...]] = []
+        if beyond is not None:
+            beyond.read(outputs)
 
         for n in range(work.N):
             params = {k: v.detach().to(work.dtype) for k, v in zip(spec.params, inputs.params[n], strict=True)}
-            o = None
-            if beyond is not None:
-                o = beyond.group_back(n, params, entering, outputs.hidden, dprod.numpy())
+            o = None if beyond is None else beyond.group_back(n, params)
             w = work.recurrent(params).contiguous()
             h0, rest0 = work.sorted(work.states, n)
             dh, drest = work.sorted(dends, n)
@@ -365,7 +366,7 @@ class NumbaBackend:
         return ScanGrads(
             dgx.to(storage),
             dgh.to(storage) if split else empty,
-            dprod.to(storage) if "ln_hh" in spec.params else empty,
+            beyond.dprod.to(storage) if beyond is not None and beyond.normed else empty,
             dprojected.to(storage) if project else empty,
             tuple(torch.from_numpy(v).to(s.dtype) for v, s in zip(dstates, inputs.states, strict=True)),
             tuple(torch.from_numpy(v).to(s.dtype) for v, s in zip(dreset_states, inputs.reset_states, strict=True)),

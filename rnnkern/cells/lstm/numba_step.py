@@ -1,6 +1,7 @@
 """The equations of lstm for one row in Numba; they mirror reference.py line for line.
 
 Without options (`aux` is None) a step is one loop; with them it is several, in which each option is a loop of its own.
+The one loop is compiled in place: a second call within the step would cost as much as a row of some units.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def step_backward(dm, drest, planes, h, rest, dgx, dgh, dh, aux):  # type: ignor
         _optional_step_backward(dm, drest, planes, rest, dgx, aux)
 
 
-@njit(**FAST)
+@njit(inline="always", **FAST)
 def _plain_step(gx, gh, rest, m, planes):  # type: ignore[no-untyped-def]
     H = m.shape[0]
     xi, xf, xg, xo = gx[:H], gx[H : 2 * H], gx[2 * H : 3 * H], gx[3 * H :]
@@ -46,7 +47,7 @@ def _plain_step(gx, gh, rest, m, planes):  # type: ignore[no-untyped-def]
         po[j] = o
 
 
-@njit(**FAST)
+@njit(inline="always", **FAST)
 def _plain_step_backward(dm, drest, planes, rest, dgx):  # type: ignore[no-untyped-def]
     H, one = dm.shape[0], dm.dtype.type(1)  # a bare 1 is an int64 and would make sums fp64
     pi, pf, pg, po = planes[0], planes[1], planes[2], planes[3]
