@@ -113,8 +113,7 @@ class Loop : public Generation {
       if (token < 0 || token >= call.reads) throw std::invalid_argument("a token of the prompt is out of range");
     for (int64_t length : lengths_)
       if (length < 1 || length > call.L) throw std::invalid_argument("a length of the prompt is out of range");
-    int64_t gates = (shape.cell == Cell::lstm ? 4 : shape.cell == Cell::gru ? 3 : 1) * shape.H;
-    row_bytes_ = embedded_ ? embedded_ * size_of(shape.dtype) : gates * sizeof(T);
+    row_bytes_ = embedded_ ? embedded_ * size_of(shape.dtype) : gates(shape) * sizeof(T);
     x_bytes_ = shape.I * size_of(shape.dtype);
     x_.resize(shape.B * x_bytes_);
     gates_.resize(shape.B);

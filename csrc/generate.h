@@ -6,6 +6,21 @@
 
 namespace rnnkern {
 
+// Columns of a layer's gates.
+inline int64_t gates(const StreamShape& s) {
+  switch (s.cell) {
+    case Cell::lstm:
+      return 4 * s.H;
+    case Cell::gru:
+      return 3 * s.H;
+    case Cell::mgu:
+    case Cell::ligru:
+      return 2 * s.H;
+    default:
+      return s.H;
+  }
+}
+
 struct GenerateCall {
   int64_t N = 0, L = 0, most = 0, beams = 1;  // the stepper has N * beams rows
   int64_t reads = 0;                          // tokens of the table

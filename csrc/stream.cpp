@@ -132,20 +132,6 @@ PyObject* run_chunk(PyObject* self, PyObject* const* args, Py_ssize_t count) {
 
 bool diagonal(const StreamShape& s) { return s.cell == Cell::indrnn_tanh || s.cell == Cell::indrnn_relu; }
 
-int64_t gates(const StreamShape& s) {
-  switch (s.cell) {
-    case Cell::lstm:
-      return 4 * s.H;
-    case Cell::gru:
-      return 3 * s.H;
-    case Cell::mgu:
-    case Cell::ligru:
-      return 2 * s.H;
-    default:
-      return s.H;
-  }
-}
-
 DType sum_dtype(const StreamShape& s) { return s.dtype == DType::f64 ? DType::f64 : DType::f32; }
 
 // pack(w_ih, w_hh, b_ih, b_hh, w_hr, s_ih, s_hh, s_hr of every layer; w, b, s of the head) -> whether they fit

@@ -420,6 +420,8 @@ class Stream final : public Stepper, Stored<typename M::CT> {
         return use_cell<IndRnn<true>>();
       case Cell::ligru:
         return use_cell<LiGru>();
+      case Cell::slstm:
+        break;  // Python refuses it
     }
   }
 
