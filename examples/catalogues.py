@@ -18,8 +18,9 @@ def messages(language: str) -> dict[Hashable, str]:
     """All messages in one language, by context and English text; of those with a plural, both."""
     spec = importlib.util.find_spec("django")
     assert spec is not None and spec.submodule_search_locations, "Django is not installed"
+    folder, name = Path(spec.submodule_search_locations[0]), f"locale/{language}/LC_MESSAGES/*.mo"
     found: dict[Hashable, str] = {}
-    for path in sorted(Path(spec.submodule_search_locations[0]).glob(f"**/{language}/LC_MESSAGES/*.mo")):
+    for path in sorted([*folder.glob(f"*/{name}"), *folder.glob(f"*/*/{name}")]):
         with path.open("rb") as file:
             for message in read_mo(file):
                 if message.pluralizable:

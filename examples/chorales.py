@@ -40,6 +40,7 @@ REST, COUNT = LOW - 1, 2 * (HIGH - LOW + 2)
 BAR, BEGIN, END, TOKENS = COUNT, COUNT + 1, COUNT + 2, COUNT + 3
 HIDDEN, BATCH, LENGTH, ORDERS = 256, 32, 128, 10
 SEMITONE = {"C": 0, "D": 2, "E": 4, "F": 5, "G": 7, "A": 9, "B": 11}
+FILES = "bwv*.mxl"
 GRID = Fraction(1, 2)  # of a quarter note
 
 
@@ -107,7 +108,7 @@ def chorales() -> list[Chorale]:
     spec = importlib.util.find_spec("music21")  # its files are read, it is not imported: that alone takes seconds
     assert spec is not None and spec.submodule_search_locations, "music21 is not installed"
     folder = Path(spec.submodule_search_locations[0]) / "corpus" / "bach"
-    found = (read(path) for path in sorted(folder.glob("bwv*.mxl")))
+    found = (read(path) for path in sorted(folder.glob(FILES)))
     return [chorale for chorale in found if chorale]
 
 
@@ -256,7 +257,7 @@ def draw(chorale: Chorale, out: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
-    args = options(__doc__, arguments, steps=900, out="chorales.png")
+    args = options(__doc__, arguments, steps=400, out="chorales.png")
     train_set, test_set = split(chorales())
     lines, test = [[tokens_of(chorale) for chorale in part] for part in (train_set, test_set)]
     stream = torch.tensor([token for line in lines for token in line])

@@ -133,7 +133,7 @@ def draw(found: Tensor, right: Tensor, out: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
-    args = options(__doc__, arguments, steps=1500, out="language.png")
+    args = options(__doc__, arguments, steps=1000, out="language.png")
     bodies, test_bodies = zip(*(texts(language) for language in LANGUAGES), strict=True)
     numbers, test = Numbers(list(bodies)), snippets(list(test_bodies), TESTED, seed=1)
     numbered = [numbers(text) for text in bodies]

@@ -87,11 +87,14 @@ def test_one_command(ppo: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixt
 
 SEQUENCES = {
     "capitals": ("statsmodels", {"counting", "one direction", "both directions"}),
+    "chorales": ("music21", {"lstm", "counting"}),
     "dates": ("babel", {"exact", "dateutil"}),
     "digits": ("sklearn", {"lstm", "logistic regression"}),
+    "language": ("django", {"gru", "naive Bayes", "rank order"}),
     "language_model": (None, {"lstm", "counting", "xz"}),
     "memory": (None, {"adding", "copying"}),
     "sunspots": ("statsmodels", {"gru", "AR(9)", "seasonal naive"}),
+    "translation": ("django", {"network", "source", "translation memory", "word by word"}),
     "voice": ("sklearn", {"gru", "loudness", "microseconds"}),
     "write_digits": ("sklearn", {"bits", "histogram", "legible"}),
 }
@@ -102,8 +105,9 @@ def sequence(monkeypatch: pytest.MonkeyPatch) -> Any:
     """An example by its name; they import their helpers as scripts do."""
 
     def load(name: str) -> ModuleType:
-        if SEQUENCES[name][0] is not None:
-            pytest.importorskip(SEQUENCES[name][0], reason=f"{SEQUENCES[name][0]} is not installed")
+        needed = SEQUENCES[name][0]
+        if needed is not None and importlib.util.find_spec(needed) is None:  # to import music21 takes seconds
+            pytest.skip(f"{needed} is not installed")
         monkeypatch.syspath_prepend(str(FOLDER))
         return example(name)
 
@@ -120,6 +124,12 @@ def test_small(name: str, sequence: Any, tmp_path: Path, capsys: pytest.CaptureF
         module.ORDERS, module.HIDDEN = 2, 48
     if name == "capitals":
         module.PACKAGES = module.PACKAGES[-1:]  # a third of the text
+    if name == "chorales":
+        module.FILES, module.ORDERS, module.HIDDEN = "bwv2*5.mxl", 2, 16
+    if name == "language":
+        module.LANGUAGES, module.TESTED, module.RUNS = module.LANGUAGES[:3], 60, (2,)
+    if name == "translation":
+        module.LONGEST, module.HIDDEN = 12, 16
     found = module.main(["--steps", "3", "--out", str(picture)])
     assert set(found) == SEQUENCES[name][1]
     assert all(v == v for value in found.values() for v in (value.values() if isinstance(value, dict) else [value]))
@@ -135,6 +145,95 @@ def test_dates_of_the_test_are_not_trained_on(sequence: Any) -> None:
     assert not train & test
     assert dates.written(0, "en_US", "full") == ("Monday, January 1, 1900", "1900-01-01")
     assert dates.by_rules("January 1, 1900") == "1900-01-01" and not dates.by_rules("1. Januar")
+
+
+def test_chorales_read_and_written(sequence: Any) -> None:
+    """A score in G major, in C; tokens and back; no melody of the test is trained on."""
+    module = sequence("chorales")
+    module.FILES = "bwv2[67]*.mxl"
+    found = {chorale.name: chorale for chorale in module.chorales()}
+    known = found["bwv269"]  # begins with a chord of G: G4, D4, B3, G3
+    assert [line[0] for line in known.voices] == [(72, True), (67, True), (64, True), (60, True)]
+    assert sorted(known.bars)[:3] == [0, 2, 8]  # a quarter note before the first full bar, of three quarters
+    tokens = module.tokens_of(known)
+    assert tokens[0] == module.BEGIN and tokens[-1] == module.END and max(tokens[1:-1]) == module.BAR
+    assert module.chorale_of(tokens, "bwv269") == known
+    train, test = module.split(list(found.values()))
+    melodies = [module.phrases(chorale) for chorale in train]
+    assert test and train and not {c.name for c in train} & {c.name for c in test}
+    assert all(len(module.phrases(c) & other) < len(other) / 2 for c in test for other in melodies)
+
+
+def test_chorales_as_midi(sequence: Any) -> None:
+    module = sequence("chorales")
+    line = [(60, True), (60, False), (62, True), (module.REST, True)]
+    assert module.sounding(line) == [(0, 2, 60), (2, 1, 62)]
+    file = module.midi(module.Chorale("", [line, [(module.REST, False)] * 4], frozenset()))
+    first = bytes.fromhex("00 903c50 8360 803c50 00 903e50 8170 803e50 00 ff2f00")
+    assert file == (
+        b"MThd" + bytes.fromhex("00000006 0001 0002 01e0") + b"MTrk" + len(first).to_bytes(4, "big") + first
+        + b"MTrk" + bytes.fromhex("00000004 00ff2f00")
+    )  # fmt: skip
+
+
+def test_counting_of_chorales_knows_the_voice(sequence: Any) -> None:
+    """Of four voices that hold one note each, the voice alone tells which."""
+    module = sequence("chorales")
+    tokens = [[module.BEGIN, *([10, 20, 30, 40] * 100), module.END]]
+    unknowing, once = (bits / 401 for bits in module.counted(tokens, tokens, 2))
+    assert once < unknowing < 0.1
+    draw = torch.Generator().manual_seed(0)
+    noise = [[module.BEGIN, *torch.randint(8, (4000,), generator=draw).tolist()] for _ in range(2)]
+    assert module.counted(noise[:1], noise[1:], 1)[0] / 4000 == pytest.approx(3, abs=0.05)
+
+
+def test_message_catalogues(sequence: Any) -> None:
+    sequence("language")
+    german = sys.modules["catalogues"].messages("de")
+    assert german[None, "yes,no,maybe"] == "Ja,Nein,Vielleicht"
+    assert (
+        german[None, "%(count)s month"] != german[None, "%(count)s months"]
+        if (None, "%(count)s month") in german
+        else True
+    )
+    assert sys.modules["catalogues"].FIELD.sub("", "<b>%(name)s</b> {0} ist da") == "  ist da"
+
+
+def test_baselines_of_languages(sequence: Any) -> None:
+    """Alphabets that have nothing in common are told apart; of a text that all have, one in so many is right."""
+    module = sequence("language")
+    bodies = ["abcde " * 50, "fghij " * 50, "klmno " * 50]
+    test = module.snippets(bodies, 30, seed=0)
+    assert {text[:1] in bodies[language] for text, language in test} == {True}
+    assert module.bayes(bodies, test) == module.rank_order(bodies, test) == 1.0
+    assert module.rank_order([bodies[0]] * 3, [(text, i) for text, i in test]) == pytest.approx(1 / 3)
+    characters, runs = module.Numbers(bodies)("abcx")
+    assert characters[0] > 0 and runs[0] > 0 and characters[1] == runs[1] == 0
+
+
+def test_translation_is_tested_on_texts_like_no_other(sequence: Any) -> None:
+    module = sequence("translation")
+    found = [("новая запись", "новий запис"), ("новые записи", "нові записи"), ("пароль", "пароль")] * 10
+    found = [(f"{a}{'абвгд' * (i // 3)}", f"{b}{i}") for i, (a, b) in enumerate(found)]
+    train, test = module.split(found)
+    assert train and {pair for pair in train + test} <= set(found) and not set(train) & set(test)
+    for text, _ in test:
+        assert all(
+            len(module.runs(text) & own) < len(module.runs(text) | own) / 2
+            for own in map(module.runs, [a for a, _ in train])
+        )
+    memory = module.Memory(["зелёный дом", "красный дом"])
+    assert memory.nearest("зелёный домик")[1] == 0 and memory.nearest("красный сад")[1] == -1
+
+
+def test_translation_baseline_and_measure(sequence: Any) -> None:
+    module = sequence("translation")
+    known = module.dictionary([("ein haus", "a house"), ("ein buch", "a book"), ("das buch", "the book")])
+    assert known == {"ein": "a", "haus": "house", "buch": "book", "das": "the"}
+    assert module.word_by_word("Das Haus, ein Tisch!", known) == "The House, a Tisch!"
+    assert module.chrf(["ein haus"], ["ein haus"]) == pytest.approx(1) and module.chrf(["abc"], ["xyz"]) == 0
+    precision, recall = (1 + 1) / 2, (2 / 3 + 1 / 2) / 2  # of runs of one and two of "abc", where "ab" was written
+    assert module.chrf(["ab"], ["abc"], 2) == pytest.approx(5 * precision * recall / (4 * precision + recall))
 
 
 def test_capitals_taken_out_and_put_back(sequence: Any) -> None:
