@@ -15,15 +15,17 @@ chrF: ?; word by word: ?; translation memory: ?; source: ?. Exactly right: ? %; 
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable
 from pathlib import Path
 
 import torch
 from babel import Locale
+from babel.messages.mofile import read_mo
 from babel.numbers import get_currency_name
-from catalogues import kept_for_test, messages
 from common import figure, greedy, options, pad, save, train
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -35,6 +37,23 @@ LONGEST, ONE_IN = 60, 10  # characters of a text; of so many texts one is for th
 BATCH, HIDDEN, DROPOUT = 64, 128, 0.3
 WORD = re.compile(r"[^\W\d_]+")
 Pair = tuple[str, str]
+
+
+def messages(language: str) -> dict[Hashable, str]:
+    """Django's in one language, by context and English text; of those with a plural, both."""
+    spec = importlib.util.find_spec("django")  # its files are read, it is not imported
+    assert spec is not None and spec.submodule_search_locations, "Django is not installed"
+    folder, name = Path(spec.submodule_search_locations[0]), f"locale/{language}/LC_MESSAGES/*.mo"
+    found: dict[Hashable, str] = {}
+    for path in sorted([*folder.glob(f"*/{name}"), *folder.glob(f"*/*/{name}")]):
+        with path.open("rb") as file:
+            for message in read_mo(file):
+                if message.pluralizable:
+                    found[message.context, message.id[0]] = message.string[0]
+                    found[message.context, message.id[1]] = message.string[-1]
+                elif message.id:
+                    found[message.context, message.id] = message.string
+    return found
 
 
 def names(language: str) -> dict[Hashable, str]:
@@ -82,11 +101,16 @@ class Memory:
         return max(((n / len(own | self.runs[i]), -i) for i, n in shared.items()), default=(0.0, 0))
 
 
+def kept_for_test(text: str) -> bool:
+    """By the text alone, so in every run the same."""
+    return zlib.crc32(text.encode()) % ONE_IN == 0
+
+
 def split(found: list[Pair]) -> tuple[list[Pair], list[Pair]]:
     """Of training and of the test. By the translation, so that no two of one meaning are on both sides."""
-    train = [pair for pair in found if not kept_for_test(pair[1], ONE_IN)]
+    train = [pair for pair in found if not kept_for_test(pair[1])]
     memory = Memory([text for text, _ in train])
-    kept = (pair for pair in found if kept_for_test(pair[1], ONE_IN))
+    kept = (pair for pair in found if kept_for_test(pair[1]))
     return train, [pair for pair in kept if memory.nearest(pair[0])[0] < 0.5]
 
 
