@@ -3,13 +3,14 @@
 The scores are those that the package music21 carries. A chorale is a line of tokens: for every eighth note the soprano,
 alto, tenor and bass in turn, each a pitch that is struck or held, and a bar line between bars; all are transposed to no
 sharps or flats. An LSTM tells the next token from all before it and writes with rnnkern.generate. On chorales whose
-melody it was not trained on it is compared with counting: the odds of a token after the last n of them, the voice
-known, for the best n (interpolated Witten-Bell smoothing). The picture is what it wrote, as a piano roll; a MIDI file
+melody it was not trained on it is compared with counting: the odds of a token after the last n of them, voice
+and beat known, for the best n (interpolated Witten-Bell smoothing). The picture is what it wrote, as a piano roll; a MIDI file
 of it lies beside the picture.
 
     pip install -c constraints.txt -e '.[examples]' && python examples/chorales.py
 
-Bits per eighth note of four voices: ?; counting, ? tokens back: ?; ? s of one core.
+Bits per eighth note of four voices: 6.90; counting, 4 tokens back: 10.22. 306 chorales trained on, 31 of the test. 90 s
+of one core.
 """
 
 from __future__ import annotations
@@ -179,13 +180,13 @@ class Composer(nn.Module):
         return self.head(self.dropout(self.rnn(self.dropout(self.embedding(tokens)))[0]))
 
 
-def voices_at(tokens: list[int]) -> list[int]:
-    """Which voice is due at every token, as if each were a note."""
-    voice, due = 0, []
+def places(tokens: list[int]) -> list[int]:
+    """Of every token which voice is due, as if each were a note, and whether it is on the beat or between two."""
+    notes, found = 0, []
     for token in tokens:
-        due.append(voice)
-        voice = (voice + (token < COUNT)) % 4
-    return due
+        found.append(notes % 8)
+        notes = notes + 1 if token < COUNT else 0 if token == BAR else notes
+    return found
 
 
 def counted(train: list[list[int]], test: list[list[int]], orders: int) -> list[float]:
@@ -193,7 +194,7 @@ def counted(train: list[list[int]], test: list[list[int]], orders: int) -> list[
     after: list[dict[tuple[int, ...], Counter[int]]] = [defaultdict(Counter) for _ in range(orders)]
 
     def contexts(tokens: list[int]) -> Iterator[tuple[int, list[tuple[int, ...]]]]:
-        due = voices_at(tokens)
+        due = places(tokens)
         for i in range(1, len(tokens)):
             yield tokens[i], [(due[i], *tokens[i - n : i]) for n in range(min(orders, i + 1))]
 
