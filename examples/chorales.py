@@ -3,8 +3,8 @@
 The scores are those that the package music21 carries. A chorale is a line of tokens: for every eighth note the soprano,
 alto, tenor and bass in turn, each a pitch that is struck or held, and a bar line between bars; all are transposed to no
 sharps or flats. An LSTM tells the next token from all before it and writes with rnnkern.generate. On chorales whose
-melody it was not trained on it is compared with counting: the odds of a token after the last n of them, voice
-and beat known, for the best n (interpolated Witten-Bell smoothing). The picture is what it wrote, as a piano roll; a MIDI file
+melody it was not trained on it is compared with counting: the odds of a token after the last n of them, voice and beat
+known, for the best n (interpolated Witten-Bell smoothing). The picture is what it wrote, as a piano roll; a MIDI file
 of it lies beside the picture.
 
     pip install -c constraints.txt -e '.[examples]' && python examples/chorales.py
@@ -61,7 +61,7 @@ def struck(part: ElementTree.Element) -> tuple[list[tuple[Fraction, Fraction, in
         divisions = int(bar.findtext("attributes/divisions") or divisions)
         for note in bar.iter("note"):
             if note.find("chord") is not None or note.find("grace") is not None:
-                continue  # the upper of two notes is the voice
+                continue  # a voice is one note at a time: of a chord the first
             end, pitch = now + Fraction(int(note.findtext("duration") or 0), divisions), REST
             if note.find("pitch") is not None:
                 step, octave = note.findtext("pitch/step"), int(note.findtext("pitch/octave") or 0)
