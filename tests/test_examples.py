@@ -87,11 +87,13 @@ def test_one_command(ppo: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixt
 
 SEQUENCES = {
     "capitals": ("statsmodels", {"counting", "one direction", "both directions"}),
+    "chorales": ("music21", {"lstm", "counting"}),
     "dates": ("babel", {"exact", "dateutil"}),
     "digits": ("sklearn", {"lstm", "logistic regression"}),
     "language_model": (None, {"lstm", "counting", "xz"}),
     "memory": (None, {"adding", "copying"}),
     "sunspots": ("statsmodels", {"gru", "AR(9)", "seasonal naive"}),
+    "translation": ("django", {"network", "source", "translation memory", "word by word"}),
     "voice": ("sklearn", {"gru", "loudness", "microseconds"}),
     "write_digits": ("sklearn", {"bits", "histogram", "legible"}),
 }
@@ -102,8 +104,9 @@ def sequence(monkeypatch: pytest.MonkeyPatch) -> Any:
     """An example by its name; they import their helpers as scripts do."""
 
     def load(name: str) -> ModuleType:
-        if SEQUENCES[name][0] is not None:
-            pytest.importorskip(SEQUENCES[name][0], reason=f"{SEQUENCES[name][0]} is not installed")
+        needed = SEQUENCES[name][0]
+        if needed is not None and importlib.util.find_spec(needed) is None:  # to import music21 takes seconds
+            pytest.skip(f"{needed} is not installed")
         monkeypatch.syspath_prepend(str(FOLDER))
         return example(name)
 
@@ -120,6 +123,10 @@ def test_small(name: str, sequence: Any, tmp_path: Path, capsys: pytest.CaptureF
         module.ORDERS, module.HIDDEN = 2, 48
     if name == "capitals":
         module.PACKAGES = module.PACKAGES[-1:]  # a third of the text
+    if name == "chorales":
+        module.FILES, module.ORDERS, module.HIDDEN = "bwv2[67]*.mxl", 2, 16
+    if name == "translation":
+        module.LONGEST, module.HIDDEN = 12, 16
     found = module.main(["--steps", "3", "--out", str(picture)])
     assert set(found) == SEQUENCES[name][1]
     assert all(v == v for value in found.values() for v in (value.values() if isinstance(value, dict) else [value]))
@@ -135,6 +142,80 @@ def test_dates_of_the_test_are_not_trained_on(sequence: Any) -> None:
     assert not train & test
     assert dates.written(0, "en_US", "full") == ("Monday, January 1, 1900", "1900-01-01")
     assert dates.by_rules("January 1, 1900") == "1900-01-01" and not dates.by_rules("1. Januar")
+
+
+def test_chorales_read_and_written(sequence: Any) -> None:
+    """A score in G major, in C; tokens and back; no melody of the test is trained on."""
+    module = sequence("chorales")
+    module.FILES = "bwv2[67]*.mxl"
+    found = {chorale.name: chorale for chorale in module.chorales()}
+    known = found["bwv269"]  # begins with a chord of G: G4, D4, B3, G2
+    assert [line[0] for line in known.voices] == [(72, True), (67, True), (64, True), (48, True)]
+    assert sorted(known.bars)[:3] == [0, 2, 8]  # a quarter note before the first full bar, of three quarters
+    tokens = module.tokens_of(known)
+    assert tokens[0] == module.BEGIN and tokens[-1] == module.END and max(tokens[1:-1]) == module.BAR
+    assert module.chorale_of(tokens, "bwv269") == known
+    train, test = module.split(list(found.values()))
+    melodies = [module.phrases(chorale) for chorale in train]
+    assert test and train and not {c.name for c in train} & {c.name for c in test}
+    assert all(len(module.phrases(c) & other) < len(other) / 2 for c in test for other in melodies)
+
+
+def test_chorales_as_midi(sequence: Any) -> None:
+    module = sequence("chorales")
+    line = [(60, True), (60, False), (62, True), (module.REST, True)]
+    assert module.sounding(line) == [(0, 2, 60), (2, 1, 62)]
+    file = module.midi(module.Chorale("", [line, [(module.REST, False)] * 4], frozenset()))
+    first = bytes.fromhex("00 903c50 8360 803c50 00 903e50 8170 803e50 00 ff2f00")
+    assert file == (
+        b"MThd" + bytes.fromhex("00000006 0001 0002 01e0") + b"MTrk" + len(first).to_bytes(4, "big") + first
+        + b"MTrk" + bytes.fromhex("00000004 00ff2f00")
+    )  # fmt: skip
+
+
+def test_counting_of_chorales_knows_the_voice(sequence: Any) -> None:
+    """Of four voices that hold one note each, the voice alone tells which."""
+    module = sequence("chorales")
+    tokens = [[module.BEGIN, *([10, 20, 30, 40] * 100), module.END]]
+    unknowing, once = (bits / 401 for bits in module.counted(tokens, tokens, 2))
+    assert once < unknowing < 0.1
+    draw = torch.Generator().manual_seed(0)
+    noise = [[module.BEGIN, *torch.randint(8, (4000,), generator=draw).tolist()] for _ in range(2)]
+    assert module.counted(noise[:1], noise[1:], 1)[0] / 4000 == pytest.approx(3, abs=0.05)
+
+
+def test_texts_to_translate(sequence: Any) -> None:
+    module = sequence("translation")
+    german, names = module.messages("de"), module.names("de")
+    assert german[None, "yes,no,maybe"] == "Ja,Nein,Vielleicht"
+    assert [german[None, f"%(num)d month{s}"] for s in ("", "s")] == ["%(num)d Monat", "%(num)d Monate"]
+    assert names["territories", "FR"] == "Frankreich" and names[1, "CHF"] == "Schweizer Franken"
+
+
+def test_translation_is_tested_on_texts_like_no_other(sequence: Any) -> None:
+    module = sequence("translation")
+    draw = np.random.default_rng(0)
+    words = ["".join(draw.choice(list("абвгдеиклмнопрст"), 6)) for _ in range(60)]
+    texts = [f"{a} {b}" for a, b in draw.choice(words, (200, 2))]
+    texts += [text + "ы" for text in texts[:100]]
+    train, test = module.split([(text, text[::-1]) for text in texts])
+    known = [module.runs(text) for text, _ in train]
+    assert train and test and len(train) + len(test) < len(texts)  # some are too much like others of training
+    for text, _ in test:
+        own = module.runs(text)
+        assert all(2 * len(own & other) < len(own | other) for other in known)
+    memory = module.Memory(["зелёный дом", "красный дом"])
+    assert memory.nearest("зелёный домик")[1] == 0 and memory.nearest("красный сад")[1] == -1
+
+
+def test_translation_baseline_and_measure(sequence: Any) -> None:
+    module = sequence("translation")
+    known = module.dictionary([("ein haus", "a house"), ("ein buch", "a book"), ("das buch", "the book")])
+    assert known == {"ein": "a", "haus": "house", "buch": "book", "das": "the"}
+    assert module.word_by_word("Das Haus, ein Tisch!", known) == "The House, a Tisch!"
+    assert module.chrf(["ein haus"], ["ein haus"]) == pytest.approx(1) and module.chrf(["abc"], ["xyz"]) == 0
+    precision, recall = (1 + 1) / 2, (2 / 3 + 1 / 2) / 2  # of runs of one and two of "abc", where "ab" was written
+    assert module.chrf(["ab"], ["abc"], 2) == pytest.approx(5 * precision * recall / (4 * precision + recall))
 
 
 def test_capitals_taken_out_and_put_back(sequence: Any) -> None:
