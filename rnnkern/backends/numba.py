@@ -239,7 +239,7 @@ class NumbaBackend:
             reasons.append(f"dtype {gx.dtype} (it does {', '.join(str(d) for d in _DTYPES)})")
         known = {*_PLAIN, "ln_hh", *(name for name in CELLS[spec.cell].small if name in _SMALL)}
         reasons += [f"parameter {p}" for p in spec.params if p not in known]
-        two = len(CELLS[spec.cell].states) > 1
+        two = CELLS[spec.cell].has_c
         known = {"h", "h_step", "zoneout_h", *CELLS[spec.cell].masks, *(("zoneout_c",) if two else ())}
         reasons += [f"mask {name}" for name in spec.noise if name not in known]
         if not two and (spec.cell_clip or spec.zoneout[1]):

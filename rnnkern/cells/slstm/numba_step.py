@@ -19,6 +19,7 @@ def step(gx, gh, h, rest, m, planes, aux):  # type: ignore[no-untyped-def]
         ai = xi[j] + hi[j]
         af = xf[j] + hf[j]
         z = tanh(xz[j] + hz[j])
+        kept = z if aux is None else z * aux.keep[j]
         o = sigmoid(xo[j] + ho[j])
         e = exp_below(af)
         s = one / (one + e)
@@ -28,7 +29,7 @@ def step(gx, gh, h, rest, m, planes, aux):  # type: ignore[no-untyped-def]
         w = exp_below(d)
         i = one if d <= zero else w
         f = one if d > zero else w
-        cell = f * c[j] + i * z
+        cell = f * c[j] + i * kept
         norm = f * n[j] + i
         c[j] = cell
         n[j] = norm
@@ -48,20 +49,22 @@ def step_backward(dm, drest, planes, h, rest, dgx, dgh, dh, aux):  # type: ignor
     c, n, dc, dn, dscale = rest[0], rest[1], drest[0], drest[1], drest[2]
     for j in range(H):
         z, o, r, d = pz[j], po[j], pr[j], pd[j]
+        keep = one if aux is None else aux.keep[j]
+        kept = z * keep
         w = exp_below(d)
         i = one if d <= zero else w
         f = one if d > zero else w
         norm = f * n[j] + i
-        q = (f * c[j] + i * z) / norm
+        q = (f * c[j] + i * kept) / norm
         dq = dm[j] * o / norm
         to_c = dc[j] + dq
         to_n = dn[j] - dq * q
-        to_i = to_c * z + to_n
+        to_i = to_c * kept + to_n
         to_f = to_c * c[j] + to_n * n[j]
         to_b = dscale[j] - to_i * i if d > zero else to_f * f
         gi[j] = dscale[j] - to_b
         gf[j] = to_b * r
-        gz[j] = to_c * i * (one - z * z)
+        gz[j] = to_c * (i * keep) * (one - z * z)
         go[j] = dm[j] * q * (o * (one - o))
         dc[j] = to_c * f
         dn[j] = to_n * f
