@@ -24,7 +24,7 @@ from rnnkern._options import PLAIN
 _CODES = {"rnn_tanh": (0, 1), "rnn_relu": (1, 1), "lstm": (2, 4), "gru": (3, 3), "mgu": (4, 2), "ligru": (7, 2)}
 _NARROW = (torch.bfloat16, torch.float16)  # c is kept in fp32 then, and given and taken in the module's dtype
 _STEP, _LAYER, _BATCH_FIRST = range(3)
-_PLAIN = (None, None, None, None)  # mask of resets, reset states, lengths
+_PLAIN: tuple[Any, ...] = (None, None, None, None)  # mask of resets, reset states, lengths
 _CELL_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 _FORWARD: dict[str, Any] = {
     "rnn_tanh": torch.nn.RNN.forward,

@@ -7,6 +7,9 @@ A mask is made a tensor of 0 and 1 in the storage dtype: what is narrower than h
 for its width.
 """
 
+# mypy: disable-error-code="assignment"
+# Tuples grow in kernels, and Triton takes no annotation of them.
+
 from __future__ import annotations
 
 import struct

@@ -153,7 +153,8 @@ def _optioned(inputs: ScanInputs, norm: bool) -> ScanInputs:
     masks = [name for name in sizes if two or name != "zoneout_c"] + list(cell.masks)
     small = tuple(name for name in ("ln_hh", *cell.small) if norm or name not in ("ln_hh", *cell.row))
     more = tuple(inputs.gx.new_empty(width if name == "ln_hh" else H) for name in small)
-    bounds = {"cell_clip": 1.0 if two else 0.0, "proj_clip": float("w_hr" in spec.params), "grad_clip": 1.0}
+    projected = float("w_hr" in spec.params)
+    bounds: dict[str, Any] = {"cell_clip": 1.0 if two else 0.0, "proj_clip": projected, "grad_clip": 1.0}
     spec = replace(spec, params=(*spec.params, *small), noise=tuple(masks), scales=(1.0,) * len(masks), **bounds)
     noise = tuple(torch.empty(sizes.get(name, (S, N, H)), dtype=torch.bool, device="meta") for name in masks)
     return replace(inputs, spec=spec, params=tuple((*group, *more) for group in inputs.params), noise=noise)
