@@ -36,7 +36,7 @@ LANGUAGES = (
     "af az ca cs cy da de eo es et eu fi fr ga gd gl hr hu id is it lt lv ms nb nl nn pl pt ro sk sl sq sv sw tr uz vi"
 ).split()
 ONE_IN = 5  # of so many messages one is for the test, if nothing is like it
-LENGTHS, EACH, WHOLE = (5, 10, 15, 20, 30, 40), 60, 20  # test: characters of snippets, how many, least of a message
+LENGTHS, EACH, WHOLE = (5, 10, 20, 30, 40), 60, 20  # test: characters of snippets, how many, least of a message
 RUN, EMBEDDING, HIDDEN, BATCH, DROPOUT, LEFT_OUT = 4, 48, 64, 256, 0.3, 0.2
 COUNTED, ALPHA, RANKED = 5, 0.01, 400  # runs of naive Bayes, its smoothing; length of a list in the rank order
 FIELD = re.compile(r"%\(\w+\)[a-z]?|%[a-z]|\{\w*\}|<[^>]*>|&\w+;|https?:\S+")
@@ -129,7 +129,7 @@ def draw(scores: dict[str, dict[str, float]], out: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
-    args = options(__doc__, arguments, steps=900, out="language.png")
+    args = options(__doc__, arguments, steps=650, out="language.png")
     known, kept = zip(*(texts(language) for language in LANGUAGES), strict=True)
     tests = {str(length): snippets(list(kept), length, EACH) for length in LENGTHS}
     tests["whole"] = [(text, i) for i, own in enumerate(kept) for text in own if len(text) >= WHOLE]
