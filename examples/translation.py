@@ -17,17 +17,15 @@ core.
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable
 from pathlib import Path
 
 import torch
 from babel import Locale
-from babel.messages.mofile import read_mo
 from babel.numbers import get_currency_name
+from catalogues import WORD, Memory, kept_for_test, messages
 from common import figure, greedy, options, pad, save, train
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -37,25 +35,7 @@ from rnnkern.seq2seq import Decoder, Encoder, Seq2Seq
 SOURCE, TARGET = "ru", "uk"
 LONGEST, ONE_IN = 60, 10  # characters of a text; of so many texts one is for the test, if nothing is like it
 BATCH, HIDDEN, DROPOUT = 64, 128, 0.3
-WORD = re.compile(r"[^\W\d_]+")
 Pair = tuple[str, str]
-
-
-def messages(language: str) -> dict[Hashable, str]:
-    """Django's in one language, by context and English text; of those with a plural, both."""
-    spec = importlib.util.find_spec("django")  # its files are read, it is not imported
-    assert spec is not None and spec.submodule_search_locations, "Django is not installed"
-    folder, name = Path(spec.submodule_search_locations[0]), f"locale/{language}/LC_MESSAGES/*.mo"
-    found: dict[Hashable, str] = {}
-    for path in sorted([*folder.glob(f"*/{name}"), *folder.glob(f"*/*/{name}")]):
-        with path.open("rb") as file:
-            for message in read_mo(file):
-                if message.pluralizable:
-                    found[message.context, message.id[0]] = message.string[0]
-                    found[message.context, message.id[1]] = message.string[-1]
-                elif message.id:
-                    found[message.context, message.id] = message.string
-    return found
 
 
 def names(language: str) -> dict[Hashable, str]:
@@ -81,38 +61,11 @@ def pairs() -> list[Pair]:
     return list(found.items())
 
 
-def runs(text: str) -> set[str]:
-    """Of four letters, words apart."""
-    words = f" {' '.join(WORD.findall(text.lower()))} "
-    return {words[i : i + 4] for i in range(len(words) - 3)}
-
-
-class Memory:
-    """The most similar of texts: the one with which the greatest share of both's runs is common."""
-
-    def __init__(self, texts: list[str]) -> None:
-        self.runs = [runs(text) for text in texts]
-        self.having: dict[str, list[int]] = defaultdict(list)
-        for i, own in enumerate(self.runs):
-            for run in own:
-                self.having[run].append(i)
-
-    def nearest(self, text: str) -> tuple[float, int]:
-        own = runs(text)
-        shared = Counter(i for run in own for i in self.having.get(run, ()))
-        return max(((n / len(own | self.runs[i]), -i) for i, n in shared.items()), default=(0.0, 0))
-
-
-def kept_for_test(text: str) -> bool:
-    """By the text alone, so in every run the same."""
-    return zlib.crc32(text.encode()) % ONE_IN == 0
-
-
 def split(found: list[Pair]) -> tuple[list[Pair], list[Pair]]:
     """Of training and of the test. By the translation, so that no two of one meaning are on both sides."""
-    train = [pair for pair in found if not kept_for_test(pair[1])]
+    train = [pair for pair in found if not kept_for_test(pair[1], ONE_IN)]
     memory = Memory([text for text, _ in train])
-    kept = (pair for pair in found if kept_for_test(pair[1]))
+    kept = (pair for pair in found if kept_for_test(pair[1], ONE_IN))
     return train, [pair for pair in kept if memory.nearest(pair[0])[0] < 0.5]
 
 

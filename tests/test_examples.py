@@ -90,6 +90,7 @@ SEQUENCES = {
     "chorales": ("music21", {"lstm", "counting"}),
     "dates": ("babel", {"exact", "dateutil"}),
     "digits": ("sklearn", {"lstm", "logistic regression"}),
+    "language": ("django", {"network", "naive Bayes", "rank order"}),
     "language_model": (None, {"lstm", "counting", "xz"}),
     "memory": (None, {"adding", "copying"}),
     "sunspots": ("statsmodels", {"gru", "AR(9)", "seasonal naive"}),
@@ -119,6 +120,8 @@ def sequence(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_small(name: str, sequence: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     module, picture = sequence(name), tmp_path / "new" / "picture.png"
+    if name == "language":
+        module.LANGUAGES, module.EACH, module.HIDDEN = ["sw", "uz"], 4, 8
     if name == "language_model":
         module.ORDERS, module.HIDDEN = 2, 48
     if name == "capitals":
@@ -199,10 +202,11 @@ def test_translation_is_tested_on_texts_like_no_other(sequence: Any) -> None:
     texts = [f"{a} {b}" for a, b in draw.choice(words, (200, 2))]
     texts += [text + "ы" for text in texts[:100]]
     train, test = module.split([(text, text[::-1]) for text in texts])
-    known = [module.runs(text) for text, _ in train]
+    runs = sys.modules["catalogues"].runs
+    known = [runs(text) for text, _ in train]
     assert train and test and len(train) + len(test) < len(texts)  # some are too much like others of training
     for text, _ in test:
-        own = module.runs(text)
+        own = runs(text)
         assert all(2 * len(own & other) < len(own | other) for other in known)
     memory = module.Memory(["зелёный дом", "красный дом"])
     assert memory.nearest("зелёный домик")[1] == 0 and memory.nearest("красный сад")[1] == -1
@@ -216,6 +220,40 @@ def test_translation_baseline_and_measure(sequence: Any) -> None:
     assert module.chrf(["ein haus"], ["ein haus"]) == pytest.approx(1) and module.chrf(["abc"], ["xyz"]) == 0
     precision, recall = (1 + 1) / 2, (2 / 3 + 1 / 2) / 2  # of runs of one and two of "abc", where "ab" was written
     assert module.chrf(["ab"], ["abc"], 2) == pytest.approx(5 * precision * recall / (4 * precision + recall))
+
+
+def test_language_is_tested_on_messages_like_no_other(sequence: Any) -> None:
+    module = sequence("language")
+    runs = sys.modules["catalogues"].runs
+    train, test = module.texts("nb")
+    assert len(train) > 400 and len(test) > 50 and "ja nei kanskje" in [*train, *test]
+    known = [runs(text) for text in train]
+    for text in test:
+        own = runs(text)
+        assert text not in train and all(2 * len(own & its) < len(own | its) for its in known)
+    asked = module.snippets([test, ["short", "long enough"]], 10, 5)
+    assert [language for _, language in asked] == [0] * 5 + [1] * 5
+    assert all(len(text) == 10 and any(text in whole for whole in test) for text, language in asked if not language)
+    assert {text for text, language in asked if language} <= {"long enoug", "ong enough"}
+
+
+def test_language_reads_no_further_than_the_text(sequence: Any) -> None:
+    module = sequence("language")
+    numbers = module.Numbers(["abab", "c"])
+    known = numbers.runs
+    assert set(known) == {"a", "b", "ab"}
+    assert numbers("abc").tolist() == [[known["a"], 0, 0, 0], [known["b"], known["ab"], 0, 0], [0, 0, 0, 0]]
+    model = module.Reader(len(known) + 1, 3).eval()
+    alone = model(numbers("aba")[:, None], torch.tensor([3]))
+    padded = torch.stack([torch.cat([numbers("aba"), numbers("bb")]), numbers("babab")], 1)
+    check(model(padded, torch.tensor([3, 5]))[0], alone[0], alone[0])
+
+
+def test_language_by_rank_order(sequence: Any) -> None:
+    module = sequence("language")
+    assert module.ranks("aab") == {"a": 0, "b": 1, "aa": 2, "ab": 3, "aab": 4}
+    profiles = [module.ranks(body) for body in ("the hat that they have", "der hut den er hat")]
+    assert [module.by_ranks(profiles, text) for text in ("then they", "der hund")] == [0, 1]
 
 
 def test_capitals_taken_out_and_put_back(sequence: Any) -> None:
