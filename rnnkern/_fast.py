@@ -162,12 +162,12 @@ def sequence(
             lengths = torch.tensor(lengths)
         elif type(lengths) is Tensor and lengths.dtype is torch.int32:
             lengths = lengths.long()
-        h, *c = (None,) if reset_state is None else reset_state
-        extra = (reset, h, c[0] if c else None, lengths)
-        if input.dtype in _NARROW and c:
-            if type(c[0]) is not Tensor or c[0].dtype is not input.dtype:
+        h, c = (None, None) if reset_state is None else (*reset_state, None)[:2]
+        if c is not None and input.dtype in _NARROW:
+            if type(c) is not Tensor or c.dtype is not input.dtype:
                 return None
-            extra = (reset, h, c[0].float(), lengths)
+            c = c.float()
+        extra = (reset, h, c, lengths)
     out = _run(bias, H, cell, kind, input, params, P, hx, layers, directions, extra, keep)
     if out is None:
         return None
