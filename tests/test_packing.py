@@ -72,7 +72,8 @@ def test_taken_where_it_saves(monkeypatch: pytest.MonkeyPatch) -> None:
         module(x, lengths=LENGTHS)
     module(x, lengths=[0] * B)
     torch.func.vmap(lambda v: module(v, lengths=LENGTHS)[0])(draw(2, T, B, 3))
-    assert rows == [14, T * B, T * B, T * B]
+    without_gradient = [] if _fast.available() else [T * B]  # one call of the extension, which knows no layers
+    assert rows == [14, *without_gradient, T * B, T * B]
 
 
 def test_padding_is_never_read() -> None:
