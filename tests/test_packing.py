@@ -10,7 +10,7 @@ from stacks import KINDS, draw, flat, gradients, pair
 from tolerance import check, check_grad
 from torch import Tensor
 
-from rnnkern import _call, _layouts
+from rnnkern import _call, _fast, _layouts
 
 T, B = 6, 4
 LENGTHS = torch.tensor([3, 0, 6, 5])
