@@ -106,3 +106,14 @@ def save(picture: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     picture.savefig(path)
     print(f"picture: {path}")
+
+
+def draw_attention(text: str, written: str, weights: Tensor, out: Path, height: float) -> None:
+    """The weights [T, L] with which each written character looked at those of the text."""
+    picture, axes = figure(8, height)
+    axes.imshow(weights, cmap="Blues", aspect="auto", vmin=0, vmax=1)
+    axes.set_xticks(range(len(text)), text)
+    axes.set_yticks(range(len(written)), written)
+    axes.set(ylabel="written", xlabel="read")
+    axes.set_title("where the decoder looks for every character that it writes", fontsize=10, loc="left")
+    save(picture, out)

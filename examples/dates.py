@@ -14,11 +14,10 @@ from __future__ import annotations
 import datetime
 import functools
 import random
-from pathlib import Path
 
 import torch
 from babel.dates import format_date
-from common import batches, figure, greedy, options, pad, save, train
+from common import batches, draw_attention, greedy, options, pad, train
 from dateutil import parser
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -71,16 +70,6 @@ def by_rules(text: str) -> str:
         return ""
 
 
-def draw_attention(text: str, answer: str, weights: Tensor, out: Path) -> None:
-    picture, axes = figure(8, 3.6)
-    axes.imshow(weights, cmap="Blues", aspect="auto", vmin=0, vmax=1)
-    axes.set_xticks(range(len(text)), text)
-    axes.set_yticks(range(len(answer)), answer)
-    axes.set(ylabel="written", xlabel="read")
-    axes.set_title("where the decoder looks for every character that it writes", fontsize=10, loc="left")
-    save(picture, out)
-
-
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     args = options(__doc__, arguments, steps=600, out="dates.png")
     pairs, test_pairs = draw(20_000, args.seed, test=False), draw(1000, args.seed + 1, test=True)
@@ -107,7 +96,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     row = max(range(len(test_pairs)), key=lambda row: len(test_pairs[row][0]))
     text, iso = test_pairs[row]
     print(f"    {text} -> {''.join(SIGNS[i] if i < END else '' for i in found[:, row].tolist())} (right: {iso})")
-    draw_attention(text, iso, weights[:, row, : len(text)], args.out)
+    draw_attention(text, iso, weights[:, row, : len(text)], args.out, height=3.6)
     return {"exact": exact, "dateutil": rules}
 
 

@@ -20,13 +20,12 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable
-from pathlib import Path
 
 import torch
 from babel import Locale
 from babel.numbers import get_currency_name
 from catalogues import WORD, Memory, kept_for_test, messages
-from common import figure, greedy, options, pad, save, train
+from common import draw_attention, greedy, options, pad, train
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -128,16 +127,6 @@ class Letters:
         return "".join(self.letters[i] for i in numbers if i < self.begin)
 
 
-def draw(text: str, written: str, weights: Tensor, out: Path) -> None:
-    picture, axes = figure(8, 5)
-    axes.imshow(weights, cmap="Blues", aspect="auto", vmin=0, vmax=1)
-    axes.set_xticks(range(len(text)), text)
-    axes.set_yticks(range(len(written)), written)
-    axes.set(ylabel="written", xlabel="read")
-    axes.set_title("where the decoder looks for every character that it writes", fontsize=10, loc="left")
-    save(picture, out)
-
-
 def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
     args = options(__doc__, arguments, steps=400, out="translation.png")
     train_pairs, test = split(pairs())
@@ -187,7 +176,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
     fits = [row for row, text in enumerate(written) if text == right[row] and len(text) <= 32]
     row = max(fits or [0], key=lambda row: len(written[row]))
     text, answer = test[row][0], written[row]
-    draw(text, answer, weights[: len(answer), row, : len(text)], args.out)
+    draw_attention(text, answer, weights[: len(answer), row, : len(text)], args.out, height=5)
     return scores
 
 
