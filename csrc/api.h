@@ -9,6 +9,8 @@ namespace rnnkern {
 enum class Cell : int { rnn_tanh, rnn_relu, lstm, gru, mgu, indrnn_tanh, indrnn_relu, ligru, slstm };
 enum class DType : int { f64, f32, bf16, f16 };
 
+constexpr int64_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+
 constexpr int kMaxStates = 4;  // h first; the others have width H and the accumulation dtype
 
 // One group of weights: a direction of a layer, or a member of an ensemble. Row-major and contiguous, gates in torch

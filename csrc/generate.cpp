@@ -38,8 +38,6 @@ void add_to_best(std::vector<Candidate>& best, size_t wanted, Candidate one) {
   std::push_heap(best.begin(), best.end());
 }
 
-int64_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
-
 // A decoder's attention from step to step: the h and the readout of every row of the stepper, in the dtype.
 class Attended {
  public:

@@ -37,8 +37,7 @@ class Segments {
  public:
   // From tensor = {reset, reset_state h, c, lengths}, each of them or None; whether they fit the call. `rows` are the
   // first two sizes of the input: where it is batch first, both layouts are one in memory.
-  bool open(PyObject* const* tensor, const Forward& f, const int64_t* rows, int64_t groups, DType wide, int64_t bytes,
-            int64_t wide_bytes) {
+  bool open(PyObject* const* tensor, const Forward& f, const int64_t* rows, int64_t groups, DType wide) {
     View mask, ends;
     if (tensor[3] != Py_None) {
       if (!ends.open(tensor[3]) || !ends.is(kDLInt, 64, &f.B, 1)) return false;
@@ -59,7 +58,7 @@ class Segments {
         if (!address(tensor[1 + k], dtype, sizes, 3, &state_[k])) return false;
       }
       of_group_[k] = sizes[1] * width, of_row_[k] = sizes[1] > 1 ? width : 0;
-      bytes_[k] = k ? wide_bytes : bytes;
+      bytes_[k] = size_of(dtype);
     }
     return true;
   }
@@ -152,13 +151,10 @@ PyObject* stack(PyObject*, PyObject* const* args, Py_ssize_t count) {
       Py_RETURN_NONE;
   }
 
-  const int64_t bytes = f.dtype == DType::f64   ? 8
-                        : f.dtype == DType::f32 ? 4
-                                                : 2,
-                wide_bytes = wide == f.dtype ? bytes : 4;
+  const int64_t bytes = size_of(f.dtype), wide_bytes = size_of(wide);
   const int64_t y_sizes[] = {kind == 2 ? f.B : f.T, kind == 2 ? f.T : f.B, directions * f.P};
   Segments segments;
-  if (!segments.open(tensor + 3, f, y_sizes, layers * directions, wide, bytes, wide_bytes)) Py_RETURN_NONE;
+  if (!segments.open(tensor + 3, f, y_sizes, layers * directions, wide)) Py_RETURN_NONE;
 
   const int64_t seq_sizes[] = {y_sizes[0], y_sizes[1], directions * f.H};
   const int64_t y_bytes = f.S * directions * f.P * bytes, seq_bytes = f.S * directions * f.H * wide_bytes;
@@ -168,17 +164,22 @@ PyObject* stack(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (!(y = fresh(tensor[0], y_sizes + !kind, ndim, false, &last))) return nullptr;
   if (kind && !(h_n = fresh(y, h_shape, ndim, false, &h_final))) return nullptr;
   if (two && !(c_n = fresh(h_n ? h_n : y, c_shape, ndim, wide != f.dtype, &c_final))) return nullptr;
-  std::vector<void*> h_kept(layers, last), c_kept(layers);
-  if (keep && !(states = PyTuple_New(layers))) return nullptr;
-  for (int64_t k = 0; keep && k < layers; k++) {
-    PyObject* kept = PyTuple_New(1 + two);
-    if (!kept) return nullptr;
-    PyTuple_SET_ITEM(states, k, kept);
-    PyObject *h = k == layers - 1 ? Py_NewRef(y) : fresh(y, y_sizes, ndim, false, &h_kept[k]), *c = nullptr;
-    if (two && h) c = fresh(y, seq_sizes, ndim, wide != f.dtype, &c_kept[k]);
-    if (h) PyTuple_SET_ITEM(kept, 0, h);
-    if (c) PyTuple_SET_ITEM(kept, 1, c);
-    if (!h || (two && !c)) return nullptr;
+  std::vector<void*> h_kept, c_kept;  // of every layer, to keep
+  if (keep) {
+    h_kept.assign(layers, last), c_kept.assign(layers, nullptr);
+    if (!(states = PyTuple_New(layers))) return nullptr;
+    for (int64_t k = 0; k < layers; k++) {
+      PyObject* kept = PyTuple_New(1 + two);
+      if (!kept) return nullptr;
+      PyTuple_SET_ITEM(states, k, kept);
+      PyObject* h = k == layers - 1 ? Py_NewRef(y) : fresh(y, y_sizes, ndim, false, &h_kept[k]);
+      if (!h) return nullptr;
+      PyTuple_SET_ITEM(kept, 0, h);
+      if (!two) continue;
+      PyObject* c = fresh(y, seq_sizes, ndim, wide != f.dtype, &c_kept[k]);
+      if (!c) return nullptr;
+      PyTuple_SET_ITEM(kept, 1, c);
+    }
   }
   PyThreadState* released = nullptr;
   try {
@@ -191,8 +192,8 @@ PyObject* stack(PyObject*, PyObject* const* args, Py_ssize_t count) {
       const int64_t done = k * directions * f.B;
       f.weights = all.data() + k * directions;
       f.x = k ? f.y : x.data(), f.I = f.x_s = f.x_m = k ? directions * f.P : width;
-      f.y = keep || k == layers - 1 ? h_kept[k] : between[k % 2].get();
-      f.seq[1] = c_kept[k];
+      f.y = keep ? h_kept[k] : k == layers - 1 ? last : between[k % 2].get();
+      if (keep) f.seq[1] = c_kept[k];
       segments.clear(f.y, y_bytes);
       if (f.seq[1]) segments.clear(f.seq[1], seq_bytes);
       segments.give(f, k * directions);

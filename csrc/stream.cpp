@@ -342,7 +342,7 @@ PyObject* create(PyTypeObject* type, PyObject* args, PyObject*) {
   new (&o->active) std::vector<uint8_t>();
   new (&o->busy) std::atomic_flag();
   o->busy.clear();
-  o->long_steps = s.layers * s.B * (s.cell == Cell::lstm ? 4 : 3) * s.H * (s.P + (s.layers > 1 ? s.P : s.I)) > kLong;
+  o->long_steps = s.layers * s.B * gates(s) * (s.P + (s.layers > 1 ? s.P : s.I)) > kLong;
   try {
     o->active.reserve(s.B);
     o->kernels = &choose_kernels(isa);

@@ -163,16 +163,17 @@ def sequence(
         elif type(lengths) is Tensor and lengths.dtype is torch.int32:
             lengths = lengths.long()
         h, c = (None, None) if reset_state is None else (*reset_state, None)[:2]
-        if c is not None and input.dtype in _NARROW:
-            if type(c) is not Tensor or c.dtype is not input.dtype:
-                return None
-            c = c.float()
         extra = (reset, h, c, lengths)
     out = _run(bias, H, cell, kind, input, params, P, hx, layers, directions, extra, keep)
     if out is None:
         return None
     y, h_n, c_n, states = out
     return y, (h_n,) if c_n is None else (h_n, c_n), states or ()  # type: ignore[return-value]
+
+
+def _wide(c: Any, dtype: torch.dtype) -> Any:
+    """A c of this 16-bit dtype as the extension takes it; False, which it refuses: something else."""
+    return c if c is None else c.float() if type(c) is Tensor and c.dtype is dtype else False
 
 
 def one_step(
@@ -203,10 +204,10 @@ def _run(
         h = hx[0]
         if cell == "lstm":
             c = hx[1]
-            if narrow:
-                if type(c) is not Tensor or c.dtype is not input.dtype:
-                    return None
-                c = c.float()
+    if narrow:
+        c = _wide(c, input.dtype)
+        reset, reset_h, reset_c, lengths = extra
+        extra = (reset, reset_h, _wide(reset_c, input.dtype), lengths)
     given = (_isa, number, gates, H, P, _threads(), kind, layers, directions, bias, keep, input, h, c, *extra, *weights)
     if _profiling():
         with torch.profiler.record_function(_profile.label("cpp", cell, "layer_forward")):
