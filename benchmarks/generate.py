@@ -3,8 +3,9 @@
 rnnkern.generate beside loops as they are usually written over torch.nn: an embedding, one step of the network as a cell
 and as a layer with T=1, a linear head, and the choice. For beam search, which nobody writes in a few lines, the peer is
 generate's own loop in Python over torch.nn. With attention the model is a Decoder over a source of 32 steps, and
-the loops have attention in torch operations. Interleaved rounds in one process on one thread; every call starts from
-the modules, so that what generate packs is in its time. What is greedy is checked first, token for token.
+the loops have attention in torch operations. Interleaved rounds in one process on one thread. The first call is not
+timed: in it generate packs the weights, in the others it compares them with what it has packed. What is greedy is
+checked first, token for token.
 """
 
 from __future__ import annotations

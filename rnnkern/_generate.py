@@ -98,9 +98,9 @@ def generate(
         A named tuple :class:`Generated` of `tokens`, `lengths`, `scores` and `backend`. Tokens of equal logits go by
         their number, the smaller first.
 
-    The network runs as it is: in training mode with dropout it drops, in Python. There is no
-    derivative. In native code weights are copied and packed at each call. It runs on the thread that calls it, and
-    other Python threads go on meanwhile.
+    The network runs as it is: in training mode with dropout it drops, in Python. There is no derivative. Native code
+    packs the weights; up to 64 MiB of them are kept with the network, and packed again only when a number among them
+    has changed, however that came about. It runs on the thread that calls it, and other Python threads go on meanwhile.
 
     Beam search keeps, per row, the `num_beams` best continuations by log-probability. One that ends with a stop token
     among the `num_beams` best of its step is a candidate, as are those alive at the end; the one of the highest score

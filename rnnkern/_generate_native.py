@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,28 @@ from rnnkern.backends.base import accumulation_dtype
 
 TABLE = 64 << 20  # bytes of the first layer's products with every token, beyond which they are made step by step
 FEW = 8  # rows that a step multiplies in the time that it takes to read the weights
+KEPT = 64 << 20  # bytes of weights beyond which they are packed anew by every call
+
+
+class Packed(NamedTuple):
+    """The extension's stream with a head, the weights that it has packed, and what it reads for each token.
+
+    That is the token's embedding; or, where that is less work, the embedding's product with the first layer's weights,
+    made for all tokens at once.
+    """
+
+    engine: Any
+    table: Tensor
+    as_gates: bool
+    made_for: tuple[Any, ...]
+    weights: list[Tensor | None]  # copies, because weights can change in ways that leave no trace
+
+    def serves(self, made_for: tuple[Any, ...], as_gates: bool, weights: Sequence[Tensor | None]) -> bool:
+        return self.made_for == made_for and self.as_gates >= as_gates and all(map(_same, self.weights, weights))
+
+
+# The last call's of each network: packing takes longer than some tens of steps. A call takes it away while it runs.
+_LAST: WeakKeyDictionary[nn.Module, Packed] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -79,7 +103,8 @@ class Plan:
 
     def run(self, prompt: Tensor, lengths: Tensor, uniform: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         o, N = self.options, len(prompt)
-        engine, table = self._engine(prompt.shape[1] + o.most, N * o.beams)
+        packed = self._packed(prompt.shape[1] + o.most, N * o.beams)
+        engine = packed.engine
         if self.states:
             given = [s.detach().repeat_interleave(o.beams, 1).contiguous() for s in self.states]
             engine.write(given[0], given[1] if len(given) > 1 else None, None)
@@ -90,7 +115,7 @@ class Plan:
         wide = accumulation_dtype(self.dtype)
         attention = self.attended and self.attended.arguments(_kept(self.dtype), wide, o.beams)
         found = engine.generate(
-            prompt.contiguous(), lengths.contiguous(), table, uniform, stops, tokens, counts, scores,
+            prompt.contiguous(), lengths.contiguous(), packed.table, uniform, stops, tokens, counts, scores,
             o.beams, o.temperature, top_k, o.top_p, o.penalty, attention,
         )  # fmt: skip
         if found is None:
@@ -98,42 +123,55 @@ class Plan:
         row, step, peak = found
         if row >= 0:
             raise RuntimeError(refusal(row, step, peak))
+        if sum(w.nbytes for w in packed.weights if w is not None) <= KEPT:
+            _LAST[self.network.rnn] = packed
         return tokens, counts, scores
 
-    def _engine(self, steps: int, rows: int) -> tuple[Any, Tensor]:
-        """The extension's stream with a head, packed, and what it reads for each token.
-
-        That is the token's embedding; or, where that is less work, the embedding's product with the first layer's
-        weights, made for all tokens at once.
-        """
+    def _packed(self, steps: int, rows: int) -> Packed:
         from rnnkern import _cpu
         from rnnkern.backends import cpp
 
         s, network, wide = self.shape, self.network, accumulation_dtype(self.dtype)
-        flat = _stream.snapshot(network.rnn, s, self.dtype, None)
-        w_ih, embedding = flat[0], network.embedding
+        flat = _stream.snapshot(network.rnn, s, self.dtype, None, copy=False)
+        w_ih, embedding, head = flat[0], _embedded(network.embedding), network.head
         assert w_ih is not None
         tokens = network.reads or 0
         bytes_of_gates = tokens * w_ih.shape[0] * torch.finfo(wide).bits // 8
         as_gates = embedding is None or (tokens <= steps * max(rows, FEW) and bytes_of_gates <= TABLE)
-        table = _embedded(embedding)
         fed = self.attended.width if self.attended else 0
+        bias = None if head.bias is None else head.bias.detach()
+        weights = [*flat, embedding, head.weight.detach(), bias]
+        made_for = (cpp.BACKEND.isa, s, self.dtype, rows, fed)
+        last = _LAST.pop(network.rnn, None)
+        if last is not None and last.serves(made_for, as_gates, weights):
+            last.engine.write(None, None, None)
+            return last
+
+        copies = [None if w is None else w.clone() for w in weights]
+        table: Any
         if embedding is None:
             table = w_ih.to(wide).t()
         elif as_gates:
-            assert table is not None
-            table = table.to(wide) @ w_ih[:, : s.I - fed].to(wide).t()
+            table = embedding.to(wide) @ w_ih[:, : s.I - fed].to(wide).t()
             flat[0] = w_ih[:, s.I - fed :].contiguous()
-        assert table is not None
+        else:
+            table = copies[len(flat)]
         form = _stream.FORMS["bf16" if self.dtype == torch.bfloat16 else None]
         cell, dtype = cpp.CELL_NUMBERS[s.cell], cpp.DTYPE_NUMBERS[self.dtype]
         sizes = (s.layers, rows, fed if as_gates else s.I, s.H, s.P)
-        head = network.head
         engine = _cpu.Stream(cpp.BACKEND.isa, cell, dtype, form, *sizes, s.projected, head.out_features)
-        bias = None if head.bias is None else head.bias.detach().to(wide).contiguous()
+        bias = None if bias is None else bias.to(wide).contiguous()
         if not engine.pack(*flat, head.weight.detach().to(_kept(self.dtype)).contiguous(), bias, None):
             raise TypeError("generate: weights without numbers to read (of a transform or a trace?)")
-        return engine, table.contiguous()
+        return Packed(engine, table.contiguous(), as_gates, made_for, copies)
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    """To the bit, NaN too."""
+    if a is None or b is None:
+        return a is b
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return a.dtype == b.dtype and torch.equal(a.view(bits), b.view(bits))
 
 
 def _drops(rnn: nn.RNNBase) -> bool:

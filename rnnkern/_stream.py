@@ -93,10 +93,12 @@ def quantized(w: Tensor) -> tuple[Tensor, Tensor]:
     return (w / scale.unsqueeze(1)).round().clamp(-127, 127).to(torch.int8), scale
 
 
-def snapshot(module: torch.nn.Module, shape: Shape, dtype: torch.dtype, form: str | None) -> list[Tensor | None]:
-    """Copies of w_ih, w_hh, b_ih, b_hh, w_hr and the weights' scales of every layer, as csrc/stream.cpp packs them.
+def snapshot(
+    module: torch.nn.Module, shape: Shape, dtype: torch.dtype, form: str | None, *, copy: bool = True
+) -> list[Tensor | None]:
+    """w_ih, w_hh, b_ih, b_hh, w_hr and the weights' scales of every layer, as csrc/stream.cpp packs them.
 
-    After those of a layer come the parameters of its options.
+    After those of a layer come the parameters of its options. Without `copy` they may be the module's own.
     """
     spec, extra = CELLS[shape.cell], shape.options.extra(shape.cell)
     wide, flat = accumulation_dtype(dtype), []
@@ -124,16 +126,16 @@ def snapshot(module: torch.nn.Module, shape: Shape, dtype: torch.dtype, form: st
             if w is None:
                 continue
             if w.dim() == 1:  # of a diagonal recurrence: kept as the biases are
-                weights[i] = w.to(wide, copy=True)
+                weights[i] = w.to(wide, copy=copy)
             elif form == "int8":
                 if not w.isfinite().all():
                     raise ValueError(f"Stream: weights='int8' needs finite weights; those of layer {k} have NaN or Inf")
                 weights[i], scales[i] = quantized(w)
             else:
-                weights[i] = w.to(kept, copy=True)
-        wide_biases = (None if b is None else b.to(wide, copy=True) for b in biases)
+                weights[i] = w.to(kept, copy=copy)
+        wide_biases = (None if b is None else b.to(wide, copy=copy) for b in biases)
         flat += [*weights[:2], *wide_biases, weights[2], *scales]
-        flat += [getattr(module, name + suffix).detach().to(dtype, copy=True) for name in extra]
+        flat += [getattr(module, name + suffix).detach().to(dtype, copy=copy) for name in extra]
     return [None if t is None else t.contiguous() for t in flat]
 
 
