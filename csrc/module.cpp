@@ -1,5 +1,5 @@
-// The Python module: turns numbers and tuples into the structs of api.h. Beside layer.cpp, stream.cpp and tensors.cpp
-// the only file that sees Python.
+// The Python module: turns numbers and tuples into the structs of api.h. Beside layer.cpp, rows.cpp, stream.cpp and
+// tensors.cpp the only file that sees Python.
 #include <pybind11/pybind11.h>
 
 #include <cstdlib>
@@ -9,6 +9,7 @@
 
 #include "api.h"
 #include "layer.h"
+#include "rows.h"
 #include "stream.h"
 
 namespace py = pybind11;
@@ -169,7 +170,8 @@ PYBIND11_MODULE(_cpu, m) {
   using namespace rnnkern;
   m.doc() = "rnnkern's C++ scans. Takes addresses and sizes; rnnkern.backends.cpp checks them.";
   m.def("forward", &forward);
-  if (PyModule_AddFunctions(m.ptr(), kLayerMethods) != 0) throw py::error_already_set();
+  for (PyMethodDef* methods : {kLayerMethods, kRowMethods})
+    if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
   m.def("backward", &backward);
   py::object stream = py::reinterpret_steal<py::object>(stream_type());
   if (!stream) throw py::error_already_set();

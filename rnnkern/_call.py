@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rnnkern import _checks, _fast, _graphs, _layouts, _ops, _regularised, dispatch
+from rnnkern import _checks, _fast, _graphs, _layouts, _ops, _packing, _regularised, dispatch
 from rnnkern._fold import call_beneath_vmap
 from rnnkern._layouts import States
 from rnnkern._options import NO_PROJECTION, PLAIN, Options
@@ -164,16 +164,17 @@ def run(
         ragged = batch_sizes is not None and int(batch_sizes[-1]) < B
         dtypes = _layouts.autocast_dtypes(low, cell, input, hx, ragged, proj)
         input, hx, params, reset_state = _layouts.cast(dtypes[0], input, hx, params, reset_state)
-    x = (input.transpose(0, 1) if batch_first else input).reshape(-1, I)
     if reset is not None:
         reset = _layouts.boundaries(reset.t() if batch_first else reset, D, batch_sizes, lengths)
     offsets, packing, steps = None, None, T
     if batch_sizes is not None:
         offsets, lengths = _layouts.packed(batch_sizes, B, input.device)
-    elif lengths is not None and not scanned and _layouts.worth_packing(input, lengths):  # masks are of padded rows
-        packing = _layouts.Packing(lengths, T)
+    elif lengths is not None and not scanned and _packing.worth_packing(input, lengths):  # masks are of padded rows
+        packing = _packing.Packing(lengths, T, batch_first)
         offsets, lengths, steps = packing.offsets, packing.lengths, packing.steps
-        x, hx, reset, reset_state = packing.put(x, hx, reset, reset_state)
+        x, hx, reset, reset_state = packing.put(input, hx, reset, reset_state)
+    if packing is None:
+        x = (input.transpose(0, 1) if batch_first else input).reshape(-1, I)
     if heads:
         params, hx, reset, reset_state = _layouts.as_groups(heads, per, params, hx, reset, reset_state)
         sizes = tuple((groups * heads, batch, width // heads) for groups, batch, width in sizes)
@@ -193,7 +194,7 @@ def run(
     if len(final) > 1 and final[1].dtype != dtypes[1]:
         final = (final[0], *(s.to(dtypes[1]) for s in final[1:]))
 
-    if batched and not packed:
+    if batched and not packed and packing is None:
         y, states = _layouts.unflatten(y, states, T, B, batch_first)
     elif not batched:  # one batch row: the rows are the steps
         final = tuple(h.squeeze(1) for h in final)

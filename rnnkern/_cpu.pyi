@@ -1,6 +1,7 @@
 """The C++ scans, as rnnkern.backends.cpp calls them: addresses, sizes and strides in the order of csrc/module.cpp.
 
-`bind` and `stack` take tensors, see csrc/layer.cpp and rnnkern._fast; so does `Stream`, see csrc/stream.cpp.
+`bind` and `stack` take tensors, see csrc/layer.cpp and rnnkern._fast; so do `plan_rows` and `move_rows`, see
+csrc/rows.cpp, and `Stream`, see csrc/stream.cpp.
 """
 
 from typing import Any
@@ -15,6 +16,8 @@ def bind(table: Any, *torch: Any) -> bool: ...
 def stack(
     isa: str, *call: Any
 ) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[tuple[Tensor, ...], ...] | None] | None: ...
+def plan_rows(lengths: Tensor, T: int, batch_first: bool) -> tuple[Tensor, ...] | None: ...
+def move_rows(x: Tensor, index: Tensor, threads: int) -> Tensor | None: ...
 
 class Stream:
     def __new__(cls, isa: str, *shape: int) -> Stream: ...

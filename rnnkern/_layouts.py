@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnkern._run import real, unwatched
-
 States = tuple[Tensor, ...]
 
 
@@ -33,66 +31,6 @@ def packed(batch_sizes: Tensor, B: int, device: torch.device) -> tuple[Tensor, T
     ended = torch.searchsorted(batch_sizes.flip(0), torch.arange(B), right=True)
     lengths = batch_sizes.size(0) - ended
     return (offsets, lengths) if device.type == "cpu" else (offsets.to(device), lengths.to(device))
-
-
-def worth_packing(x: Tensor, lengths: Tensor) -> bool:
-    """With a gradient to come, on a CPU (where lengths are read at no cost), and unless a trace or transform is at work
-    that would have to follow how rows are found.
-    """
-    if not (torch.is_grad_enabled() and x.is_cpu and unwatched() and real((x, lengths))):
-        return False
-    return lengths.numel() > 0 and bool(lengths.any())
-
-
-class Packing:
-    """Padded rows as the rows of a packed batch, and back: the rows that exist, longest sequence first, step by step.
-
-    The scan takes either. But what a backward does after it, GEMMs over all rows, would be done over padding too.
-    """
-
-    def __init__(self, lengths: Tensor, T: int) -> None:
-        B = lengths.size(0)
-        self.lengths, self.order = lengths.sort(descending=True, stable=True)
-        self.back, self.shape = torch.argsort(self.order), (T, B)
-        self.steps = int(self.lengths[0])
-        exist = torch.arange(self.steps).unsqueeze(1) < self.lengths
-        self.rows = (torch.arange(0, self.steps * B, B).unsqueeze(1) + self.order)[exist]
-        sizes = exist.sum(1)
-        self.offsets = sizes.cumsum(0) - sizes
-
-    def put(
-        self, x: Tensor, hx: States | None, reset: Tensor | None, reset_state: States | None
-    ) -> tuple[Tensor, States | None, Tensor | None, States | None]:
-        hx = hx and tuple(h.index_select(1, self.order) for h in hx)
-        reset = None if reset is None else reset.index_select(0, self.rows)
-        if reset_state is not None and reset_state[0].size(1) != 1:
-            reset_state = tuple(h.index_select(1, self.order) for h in reset_state)
-        return Picked.apply(x, self.rows), hx, reset, reset_state
-
-    def take(self, y: Tensor, final: States, states: tuple[States, ...]) -> tuple[Tensor, States, tuple[States, ...]]:
-        out = self._padded(y)
-        kept = tuple(tuple(out if s is y else self._padded(s) for s in layer) for layer in states)
-        return out, tuple(h.index_select(1, self.back) for h in final), kept
-
-    def _padded(self, rows: Tensor) -> Tensor:
-        T, B = self.shape
-        return rows.new_zeros(T * B, rows.size(-1)).index_copy_(0, self.rows, rows)
-
-
-class Picked(torch.autograd.Function):
-    """x.index_select(0, rows), of rows that differ: their gradients are copied into place, where torch would add them
-    up one by one."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
-        ctx.shape = x.shape
-        ctx.save_for_backward(rows)
-        return x.index_select(0, rows)
-
-    @staticmethod
-    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None]:
-        (rows,) = ctx.saved_tensors
-        return d.new_zeros(ctx.shape).index_copy_(0, rows, d), None
 
 
 def as_groups(

@@ -10,7 +10,7 @@ from stacks import KINDS, draw, flat, gradients, pair
 from tolerance import check, check_grad
 from torch import Tensor
 
-from rnnkern import _call, _fast, _layouts
+from rnnkern import _call, _fast, _packing
 
 T, B = 6, 4
 LENGTHS = torch.tensor([3, 0, 6, 5])
@@ -41,7 +41,7 @@ def test_same_as_padded(
         options["reset_state"] = tuple(learned) if len(learned) > 1 else learned[0]
     wrt, results = [x, *leaves, *module.parameters()], []
     for packs in (True, False):
-        monkeypatch.setattr(_layouts, "worth_packing", lambda *_, packs=packs: packs)
+        monkeypatch.setattr(_packing, "worth_packing", lambda *_, packs=packs: packs)
         module.memory = memory if packs else "save"
         result = module(x, hx, **options)
         last = result[2][-1]
@@ -101,3 +101,34 @@ def test_gradcheck() -> None:
     given = draw(3, 3, 2), draw(1, 3, 3), module.weight_hh_l0.detach().clone().requires_grad_()
     assert torch.autograd.gradcheck(f, given, check_batched_grad=True)
     assert torch.autograd.gradgradcheck(f, given)
+
+
+@pytest.mark.skipif(not _fast.available(), reason="no extension")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("lengths", [[3, 0, 6, 5], [6] * 4, [0, 1], [2, 2, 0, 1, 2]])
+def test_the_extension_finds_and_moves_the_same_rows(
+    lengths: list[int], batch_first: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, found = torch.tensor(lengths), []
+    x = torch.randn(T * len(lengths), 3).to(dtype)
+    for there in (True, False):
+        monkeypatch.setattr(_fast, "available", lambda there=there: there)
+        plan = _packing._planned(given, T, batch_first)
+        rows, inverse = plan[-2:]
+        together = _packing._moved(x, rows)
+        apart = _packing._moved(together, inverse)
+        found.append((*plan, together, apart))
+    assert all(map(torch.equal, *found))
+    mine = torch.arange(T) < given[:, None] if batch_first else torch.arange(T)[:, None] < given
+    assert torch.equal(apart, x * mine.flatten()[:, None])
+
+
+@pytest.mark.skipif(not _fast.available(), reason="no extension")
+def test_rows_that_are_not_there_are_refused() -> None:
+    from rnnkern import _cpu
+
+    with pytest.raises(IndexError, match="row 4 of 4"):
+        _cpu.move_rows(torch.zeros(4, 3), torch.tensor([1, 4]), 1)
+    assert _cpu.plan_rows(torch.tensor([1, 7]), T, False) is None
+    assert _cpu.move_rows(torch.zeros(4, 3), torch.tensor([1, 2], dtype=torch.int32), 1) is None
