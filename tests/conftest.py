@@ -16,7 +16,6 @@ if any("triton_interpreted" in argument for argument in sys.argv):
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which Dynamo does
 
 import torch
-from beside import BESIDE
 from torch._dynamo import trace_rules
 from torch.utils._device import _device_constructors
 
@@ -38,14 +37,15 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return None if any(path.is_relative_to(INTERPRETED) for path in named) else True
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
-    if not session.config.option.collectonly:
-        marks = (mark for item in session.items for mark in item.iter_markers("beside"))
-        BESIDE.start(mark.args for mark in marks)
+def pytest_configure() -> None:
+    """Processes of pytest-xdist share the cores: threads that wait for each other there would mostly wait."""
+    if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+        torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
 
-def pytest_sessionfinish() -> None:
-    BESIDE.end()
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes minutes begins first, so that no process is left with it at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("minutes") is None)
 
 
 def absent(name: str) -> str | None:

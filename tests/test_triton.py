@@ -7,31 +7,31 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from subprocess import PIPE, STDOUT
 
 import pytest
 import torch
-from beside import BESIDE
 
 import rnnkern
 from rnnkern import dispatch
 
-TESTS = str(Path(__file__).parent / "triton_interpreted")
-INTERPRETED = (
-    "TRITON_INTERPRET=1", "OMP_NUM_THREADS=1", "-m", "pytest", "-q", "-p", "no:cacheprovider", TESTS
-)  # fmt: skip
+TESTS = Path(__file__).parent / "triton_interpreted"
 MISSING = dispatch.unavailable("triton")
 needs_triton = pytest.mark.skipif(MISSING is not None, reason=f"backend triton: {MISSING}")
 
 
 @needs_triton
-@pytest.mark.slow
-@pytest.mark.beside(*INTERPRETED)
+@pytest.mark.minutes
+@pytest.mark.parametrize("name", sorted(path.stem for path in TESTS.glob("test_*.py")))
 @pytest.mark.timeout(3600)
-def test_in_the_interpreter(capsys: pytest.CaptureFixture[str]) -> None:
-    done = BESIDE.finished(INTERPRETED)
+def test_in_the_interpreter(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / f"{name}.py")]
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("RNNKERN_TRITON_CONFIG", "PYTEST_"))}
+    env |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=TESTS.parents[1], env=env, text=True, stdout=PIPE, stderr=STDOUT)
     closing = done.stdout.strip().rpartition("\n")[2]
     with capsys.disabled():
-        print(f"\nin Triton's interpreter: {closing}")
+        print(f"\n{name} in Triton's interpreter: {closing}")
     assert done.returncode == 0, done.stdout
     assert " passed" in closing
 
