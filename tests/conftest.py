@@ -44,8 +44,8 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What takes minutes begins first, so that no process is left with it at the end. Sets of instructions that matter to
-    bf16 alone leave all else to AVX-512's kernels, which have these tests too."""
+    """What takes minutes begins first, so that no process is left with it at the end. Sets of instructions that matter
+    to bf16 alone leave all else to AVX-512's kernels, which have these tests too."""
     others = [item for item in items if _of_other_kernels(item)]
     if others:
         config.hook.pytest_deselected(items=others)
