@@ -210,6 +210,8 @@ def _plain(
         if torch.compiler.is_compiling():
             return None
 
+        batch_first = batch_first and input.dim() == 3  # samples without a batch become one, behind the steps
+
         def below(input: Tensor, hx: States | None) -> tuple[Tensor, States, Any]:
             return run(cell, input, hx, params, bias, num_layers, 0.0, False, bidirectional, batch_first)
 

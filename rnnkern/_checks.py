@@ -42,7 +42,7 @@ def rank(title: str, input: Tensor) -> bool:
 
 
 def step_rank(title: str, input: Tensor, hx: tuple[Tensor, ...] | None) -> None:
-    """Of a cell's tensors, with or without a batch dimension."""
+    """Of a cell's tensors, with or without a batch dimension; and how many states there are."""
     dims = input.dim()
     container(input)
     if dims not in (1, 2):
@@ -51,6 +51,8 @@ def step_rank(title: str, input: Tensor, hx: tuple[Tensor, ...] | None) -> None:
         if h.dim() not in (1, 2):
             which = f"hx[{index}]" if title == "LSTMCell" else "hidden"
             raise ValueError(f"{title}: Expected {which} to be 1D or 2D, got {h.dim()}D instead")
+    if title == "LSTMCell" and hx is not None and len(hx) != 2:
+        raise RuntimeError("lstm_cell expects two hidden states")
 
 
 def state_rank(hx: tuple[Tensor, ...], batched: bool) -> None:
@@ -182,13 +184,23 @@ def batch_sizes(sizes: Tensor, rows: int) -> None:
         raise ValueError("batch_sizes: expected positive numbers that never grow, as pack_padded_sequence makes them")
 
 
+def integers(given: Tensor | Sequence[int]) -> Tensor:
+    """`lengths=` as a tensor."""
+    if isinstance(given, Tensor):
+        return given
+    try:
+        return torch.tensor(given, dtype=None if len(given) else torch.int64)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"lengths: expected integers, one per batch row, got {given!r}") from error
+
+
 def lengths(given: Tensor | Sequence[int], T: int, B: int, device: torch.device, packed: bool, batched: bool) -> Tensor:
     """`lengths=` as int64 on the input's device; values are checked where that costs no wait for a device."""
     if packed:
         raise ValueError("lengths: not with a packed input, which has its own")
     if not batched:
         raise ValueError("lengths: not with an unbatched input; cut the input instead")
-    found = given if isinstance(given, Tensor) else torch.tensor(given, dtype=None if len(given) else torch.int64)
+    found = integers(given)
     if found.dtype not in INTEGERS:
         raise ValueError(f"lengths: expected integers, got {found.dtype}")
     if found.shape != (B,):
@@ -203,6 +215,8 @@ def lengths(given: Tensor | Sequence[int], T: int, B: int, device: torch.device,
 
 
 def reset(given: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    if not isinstance(given, Tensor):
+        raise ValueError(f"reset: expected a bool mask, a tensor, got {type(given).__name__}")
     if given.dtype != torch.bool:
         raise ValueError(f"reset: expected a bool mask, got {given.dtype}")
     if given.shape != shape:

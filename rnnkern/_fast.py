@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from rnnkern import _profile, dispatch
+from rnnkern import _checks, _profile, dispatch
 from rnnkern._dynamo import constant
 from rnnkern._options import PLAIN
 
@@ -159,9 +159,11 @@ def sequence(
     extra = _PLAIN
     if lengths is not None or reset is not None or reset_state is not None:
         if type(lengths) is list or type(lengths) is tuple:
-            lengths = torch.tensor(lengths)
+            lengths = _checks.integers(lengths)
         elif type(lengths) is Tensor and lengths.dtype is torch.int32:
             lengths = lengths.long()
+        if reset_state is not None and any(s is None for s in reset_state):
+            return None
         h, c = (None, None) if reset_state is None else (*reset_state, None)[:2]
         extra = (reset, h, c, lengths)
     out = _run(bias, H, cell, kind, input, params, P, hx, layers, directions, extra, keep)
@@ -204,6 +206,8 @@ def _run(
         h = hx[0]
         if cell == "lstm":
             c = hx[1]
+            if h is None or c is None:  # the extension would take either for zeros
+                return None
     if narrow:
         c = _wide(c, input.dtype)
         reset, reset_h, reset_c, lengths = extra

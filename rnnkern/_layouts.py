@@ -59,15 +59,21 @@ def from_groups(heads: int, states: States) -> States:
     return tuple(h.unflatten(0, (-1, heads)).transpose(1, 2).flatten(2) for h in states)
 
 
-def in_order(module: Any, states: tuple[Tensor, ...], order: Tensor, batch: int, name: str) -> tuple[Tensor, ...]:
-    """States in the order of a packed batch; index_select alone would cut a batch that is too large without a word."""
+def in_order(
+    module: Any, states: tuple[Tensor, ...], order: Tensor, batch: int, name: str, shared: bool = False
+) -> tuple[Tensor, ...]:
+    """States in the order of a packed batch; index_select alone would cut a batch that is too large without a word.
+
+    `shared`: each of them may have a batch of 1, for all rows.
+    """
+    sizes = (1, batch) if shared else (batch,)
     for index, state in enumerate(states):
-        if state.dim() != 3 or state.size(1) != batch:
+        if state.dim() != 3 or state.size(1) not in sizes:
             groups = module.num_layers * (2 if module.bidirectional else 1)
             width = module.proj_size if index == 0 and module.proj_size else module.hidden_size
             which = f"{name}[{index}]" if len(states) > 1 else name
             raise RuntimeError(f"Expected {which} size {(groups, batch, width)}, got {list(state.shape)}")
-    return tuple(state.index_select(1, order) for state in states)
+    return tuple(state if state.size(1) == 1 else state.index_select(1, order) for state in states)
 
 
 def packed_reset(input: Tensor | PackedSequence, reset: Tensor | PackedSequence) -> Tensor:

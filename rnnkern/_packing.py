@@ -43,8 +43,8 @@ class Packing:
             if self.batch_first:
                 reset = reset.unflatten(0, self.shape).transpose(0, 1).flatten(0, 1)
             reset = reset.index_select(0, self.rows)
-        if reset_state is not None and reset_state[0].size(1) != 1:
-            reset_state = tuple(h.index_select(1, self.order) for h in reset_state)
+        if reset_state is not None:  # a batch of 1 is for all rows
+            reset_state = tuple(h if h.size(1) == 1 else h.index_select(1, self.order) for h in reset_state)
         return Moved.apply(x.reshape(-1, x.size(-1)), self.rows, self.inverse), hx, reset, reset_state
 
     def take(self, y: Tensor, final: States, states: tuple[States, ...]) -> tuple[Tensor, States, tuple[States, ...]]:

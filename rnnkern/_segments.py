@@ -44,7 +44,7 @@ def edges_of_backward(plan: Plan, inputs: ScanInputs, width: int) -> list[int]:
     able = one_way and dense and exact and not spec.noise and not plan.samples and inputs.gx.device.type == "cpu"
     large = 2 * S * N * columns * inputs.gx.element_size() >= SMALLEST
     saves = 2 * S * (SEGMENTS - 1) > SEGMENTS * (width + inputs.states[0].shape[-1])
-    return evenly(inputs.T, SEGMENTS if plan.cell.split and able and large and saves else 1)
+    return evenly(inputs.T, min(SEGMENTS, inputs.T) if plan.cell.split and able and large and saves else 1)
 
 
 def evenly(T: int, count: int) -> list[int]:

@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from rnnkern import functional
 from rnnkern._options import Extended
+from rnnkern._run import real, unwatched
 from rnnkern._stack import Stack
 from rnnkern.autograd import Group
 from rnnkern.backends.base import accumulation_dtype
@@ -272,12 +273,16 @@ class LiGRU(_OneState):
     def _over_existing(self, product: Tensor, exist: Tensor, mean: Tensor, var: Tensor) -> Tensor:
         """Batch normalisation of the rows that exist; without looking for them, which would wait for a GPU."""
         product = product.to(accumulation_dtype(product.dtype))
-        count = exist.sum().clamp_min(1).to(product.dtype)
+        rows = exist.sum()
+        if exist.is_cpu and unwatched() and real((product, exist)) and rows == 1:
+            raise ValueError("Expected more than 1 value per channel when training, got one row that exists")
+        count = rows.clamp_min(1).to(product.dtype)
         centre = product.masked_fill(~exist, 0).sum(0) / count
         spread = (product - centre).masked_fill(~exist, 0).square().sum(0) / count
         with torch.no_grad():
-            mean.lerp_(centre.to(mean.dtype), self.momentum)
-            var.lerp_((spread * (count / (count - 1).clamp_min(1))).to(var.dtype), self.momentum)
+            moved = self.momentum * (rows > 0).to(mean.dtype)  # by no rows, not at all
+            mean.lerp_(centre.to(mean.dtype), moved)
+            var.lerp_((spread * (count / (count - 1).clamp_min(1))).to(var.dtype), moved)
         return (product - centre) * (spread + self.eps).rsqrt()
 
     def extra_repr(self) -> str:

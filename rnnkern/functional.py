@@ -164,9 +164,9 @@ def lstm(
         >>> y, (hn, cn) = rnnkern.functional.lstm(torch.randn(5, 3, 10), None, list(m.parameters()))
     """
     y, final, states = run(
-        "lstm", input, None if hx is None else (hx[0], hx[1]), params, bias, num_layers, dropout, training,
+        "lstm", input, two_states("lstm", hx), params, bias, num_layers, dropout, training,
         bidirectional, batch_first, batch_sizes, lengths, reset,
-        None if reset_state is None else (reset_state[0], reset_state[1]), return_states, memory,
+        two_states("lstm: reset_state", reset_state), return_states, memory,
         checked_options("LSTM", "lstm", True, options) if options else PLAIN,
     )  # fmt: skip
     return (y, final, states) if return_states else (y, final)
@@ -246,6 +246,20 @@ def slstm(
         given[name] = four_states(name, given[name])
     found = run("slstm", input, params=params, heads=params[0].shape[0] if len(params) else 0, **given)
     return found if given["return_states"] else found[:2]
+
+
+def two_states(name: str, given: Any) -> tuple[Tensor, Tensor] | None:
+    """Those of an LSTM.
+
+    Raises:
+        RuntimeError: more of them, in torch's words.
+    """
+    if given is None:
+        return None
+    h, c = given[0], given[1]
+    if len(given) > 2:
+        raise RuntimeError(f"{name} expects two hidden states")
+    return h, c
 
 
 def four_states(name: str, given: Any) -> tuple[Tensor, ...] | None:

@@ -5,8 +5,7 @@ Each takes a recurrent network or cell of torch.nn or rnnkern, or a whole model,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ KINDS = {
     "LSTM": (nn.LSTM, nn.LSTMCell),
     "GRU": (nn.GRU, nn.GRUCell),
 }
+CELL_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
 @torch.no_grad()
@@ -37,7 +37,7 @@ def forget_bias_(module: M, value: float = 1.0) -> M:
         `module`.
 
     Raises:
-        ValueError: nothing to set.
+        ValueError: nothing to set, or what is made of other parameters, as by a parametrization.
 
     Example::
 
@@ -68,7 +68,7 @@ def chrono_(module: M, longest: float) -> M:
         `module`.
 
     Raises:
-        ValueError: `longest` not above 2, or nothing to set.
+        ValueError: `longest` not above 2; and as :func:`forget_bias_`.
 
     Example::
 
@@ -100,7 +100,7 @@ def orthogonal_(module: M, gain: float = 1.0) -> M:
         `module`.
 
     Raises:
-        ValueError: nothing to set.
+        ValueError: nothing to set, or what is made of other parameters, as by a parametrization.
 
     Example::
 
@@ -125,18 +125,18 @@ def identity_(module: M, gain: float = 1.0) -> M:
         `module`.
 
     Raises:
-        ValueError: nothing to set.
+        ValueError: nothing to set, or what is made of other parameters, as by a parametrization.
 
     Example::
 
         >>> rnn = rnnkern.init.identity_(rnnkern.RNN(10, 20, nonlinearity="relu"))
     """
+    parts = _modules("identity_", module, "RNN")
+    biases = [bias for part in parts if part.bias for bias in _own("identity_", part, "bias")]
     for _, weight in _recurrent("identity_", module, "RNN"):
         weight.copy_(torch.eye(len(weight)) * gain)
-    for part in _modules("identity_", module, "RNN"):
-        for name, bias in part.named_parameters(recurse=False):
-            if name.startswith("bias"):
-                bias.zero_()
+    for bias in biases:
+        bias.zero_()
     return module
 
 
@@ -155,18 +155,33 @@ def _modules(title: str, module: nn.Module, *kinds: str) -> list[nn.Module]:
     return found
 
 
-def _recurrent(title: str, module: nn.Module, *kinds: str) -> Iterator[tuple[str, Tensor]]:
-    for part in _modules(title, module, *kinds):
-        for name, weight in part.named_parameters(recurse=False):
-            if name.startswith("weight_hh"):
-                yield next(kind for kind in KINDS if isinstance(part, KINDS[kind])), weight
+def _own(title: str, part: Any, prefix: str) -> list[Tensor]:
+    """The parameters of a network or cell whose names begin so."""
+    names = getattr(part, "_flat_weights_names", CELL_NAMES)
+    found = {name: part._parameters.get(name) for name in names if name.startswith(prefix)}
+    for name, parameter in found.items():
+        if parameter is None:
+            raise ValueError(
+                f"{title}: {name} of {type(part).__name__} is no parameter: it is made of others, by a parametrization "
+                "or pruning. Give it its values before that"
+            )
+    return [parameter for parameter in found.values() if parameter is not None]
 
 
-def _gated(title: str, module: nn.Module, *kinds: str) -> Iterator[tuple[str, Tensor, Tensor]]:
+def _recurrent(title: str, module: nn.Module, *kinds: str) -> list[tuple[str, Tensor]]:
+    parts = _modules(title, module, *kinds)
+    return [(_kind(part), weight) for part in parts for weight in _own(title, part, "weight_hh")]
+
+
+def _gated(title: str, module: nn.Module, *kinds: str) -> list[tuple[str, Tensor, Tensor]]:
+    found = []
     for part in _modules(title, module, *kinds):
         if not part.bias:
             raise ValueError(f"{title}: {type(part).__name__} was made with bias=False")
-        for name, bias in part.named_parameters(recurse=False):
-            if name.startswith("bias_ih"):
-                other = part.get_parameter(name.replace("bias_ih", "bias_hh"))
-                yield next(kind for kind in KINDS if isinstance(part, KINDS[kind])), bias, other
+        pairs = zip(_own(title, part, "bias_ih"), _own(title, part, "bias_hh"), strict=True)
+        found += [(_kind(part), b_ih, b_hh) for b_ih, b_hh in pairs]
+    return found
+
+
+def _kind(part: nn.Module) -> str:
+    return next(kind for kind in KINDS if isinstance(part, KINDS[kind]))

@@ -218,8 +218,8 @@ class LSTM(Extended, torch.nn.LSTM):
             short = short_layer(self, "lstm", input, hx)
             if short is not None:
                 return short
-        states = None if hx is None else (hx[0], hx[1])
-        restart = None if reset_state is None else (reset_state[0], reset_state[1])
+        states = functional.two_states("lstm", hx)
+        restart = functional.two_states("lstm: reset_state", reset_state)
         return sequence(self, "lstm", input, states, lengths, reset, restart, return_states)
 
 
@@ -391,7 +391,7 @@ class LSTMCell(torch.nn.LSTMCell):
         short = _fast.step(self, "lstm", input, hx)
         if short is not None:
             return short
-        h, c = _step(self, "lstm", "LSTMCell", input, None if hx is None else (hx[0], hx[1]))
+        h, c = _step(self, "lstm", "LSTMCell", input, None if hx is None else tuple(hx))
         return h, c
 
 
@@ -492,8 +492,8 @@ def sequence(
     if sizes is not None and order is not None:
         batch = order.numel()
         hx = hx and _layouts.in_order(module, hx, order, batch, "hidden")
-        if reset_state is not None and reset_state[0].dim() == 3 and reset_state[0].size(1) != 1:
-            reset_state = _layouts.in_order(module, reset_state, order, batch, "reset_state")
+        if reset_state is not None and all(state.dim() == 3 for state in reset_state):
+            reset_state = _layouts.in_order(module, reset_state, order, batch, "reset_state", shared=True)
     if weights[0].is_cuda and isinstance(module, torch.nn.RNNBase):
         module._update_flat_weights()  # cuDNN wants the weights in one piece; replaced ones are laid out again
     y, final, states = _call.run(

@@ -135,6 +135,27 @@ def test_packed_states_that_torch_does_not_see(kind: str) -> None:
         module(rnnkern, kind)(packed, states(kind, B, H))
 
 
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("kind", ["LSTM", "LSTMCell"])
+def test_number_of_states(kind: str, grad: bool) -> None:
+    """Three, of which two would do; and one of them None, which is not zeros."""
+    x, h = (X, torch.zeros(1, B, H)) if kind == "LSTM" else (X[0], torch.zeros(B, H))
+    with torch.set_grad_enabled(grad):
+        for given in ((h, h, h), (h,), (h, None), (None, h)):
+            assert_same_error(kind, x, given)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_number_of_reset_states(grad: bool) -> None:
+    lstm, h = rnnkern.LSTM(I, H), torch.zeros(1, B, H)
+    with torch.set_grad_enabled(grad):
+        with pytest.raises(RuntimeError, match="reset_state expects two hidden states"):
+            lstm(X, reset=MASK, reset_state=(h, h, h))
+        for given in ((h, None), (None, h)):
+            with pytest.raises(AttributeError, match="NoneType"):
+                lstm(X, reset=MASK, reset_state=given)
+
+
 @pytest.mark.parametrize("kind", SEQUENCES)
 def test_dtypes_that_differ(kind: str) -> None:
     """torch gives what happens to break first ("get_mkldnn_dtype: unsupported data type"); the type is the same."""
@@ -253,6 +274,13 @@ def test_lengths(kind: str, case: str) -> None:
         module(rnnkern, kind)(X, lengths=given)
 
 
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("given", [3, {5, 2}, [5, None], ["5", "2"]], ids=str)
+def test_lengths_that_are_none(given: Any, grad: bool) -> None:
+    with torch.set_grad_enabled(grad), pytest.raises(ValueError, match="lengths: expected integers, one per batch row"):
+        rnnkern.LSTM(I, H)(X, lengths=given)
+
+
 def test_lengths_where_there_can_be_none() -> None:
     with pytest.raises(ValueError, match="lengths: not with a packed input"):
         rnnkern.GRU(I, H)(pack_padded_sequence(X, torch.tensor([5, 2])), lengths=[5, 2])
@@ -267,6 +295,7 @@ RESETS: dict[str, tuple[dict[str, Any], str]] = {
     "rank": ({"reset": MASK[..., None]}, "reset: .*shape"),
     "floats": ({"reset": MASK.float()}, "reset: expected a bool mask, got torch.float32"),
     "integers": ({"reset": MASK.long()}, "reset: expected a bool mask, got torch.int64"),
+    "a list": ({"reset": MASK.tolist()}, "reset: expected a bool mask, a tensor, got list"),
     "device": ({"reset": MASK.to("meta")}, "reset: expected on the input's device cpu, got meta"),
     "state alone": ({"reset_state": 1}, "reset_state: only together with reset"),
     "state batch": ({"reset": MASK, "reset_state": (1, 3, H)}, r"shape \(1, 2 or 1, 4\) as hx, got \(1, 3, 4\)"),

@@ -168,6 +168,19 @@ def test_options_and_less_memory_change_nothing_from_backend_to_backend(kind: st
     check_grad(ours, theirs, theirs, kind)
 
 
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("zoneout", [0.0, 0.1])  # with masks, padding is not cut out
+def test_batch_norm_over_few_rows(zoneout: float, grad: bool) -> None:
+    """Over none the running estimates stay, and one has no variance, whichever way the padding is left out."""
+    rnn, x = rnnkern.LiGRU(I, H, zoneout=zoneout), torch.randn(4, 2, I)
+    before = {name: value.clone() for name, value in rnn.named_buffers()}
+    with torch.set_grad_enabled(grad):
+        assert not rnn(x, lengths=[0, 0])[0].any()
+        with pytest.raises(ValueError, match="more than 1 value per channel when training"):
+            rnn(x, lengths=[0, 1])
+    assert all(torch.equal(value, before[name]) for name, value in rnn.named_buffers())
+
+
 def test_running_estimates_are_batch_norms() -> None:
     ours, theirs = rnnkern.LiGRU(I, H, dtype=D), torch.nn.BatchNorm1d(2 * H, dtype=D)
     x, lengths = torch.randn(T, B, I, dtype=D), torch.tensor([3, 5, 1, 4])

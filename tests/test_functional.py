@@ -181,6 +181,21 @@ def test_reset_state_of_full_batch_follows_its_rows(backend: str) -> None:
     check([pad_packed_sequence(y)[0], *final], flat(padded), flat(padded), "packed")
 
 
+@pytest.mark.parametrize("shared", [0, 1])
+def test_one_reset_state_for_all_beside_one_for_each(shared: int) -> None:
+    """In another order than the rows', the one must follow them and the other must not."""
+    both = pair("LSTM", 3, 5, 2, bidirectional=True)
+    x, hx, _ = example(both.theirs, "dense", T=5, B=3)
+    restart = [torch.randn_like(h[:, :1] if k == shared else h) for k, h in enumerate(hx)]
+    reset, lengths = torch.rand(5, 3) < 0.4, torch.tensor([2, 5, 4])
+    wide = both.run_ours(x, hx, lengths=lengths, reset=reset, reset_state=tuple(r.expand_as(hx[0]) for r in restart))
+    padded = both.run_ours(x, hx, lengths=lengths, reset=reset, reset_state=tuple(restart))
+    packed, marks = (pack_padded_sequence(v, lengths, enforce_sorted=False) for v in (x, reset))
+    y, final = both.run_ours(packed, hx, reset=marks, reset_state=tuple(restart))
+    check(flat(padded), flat(wide), flat(wide), "padded")
+    check([pad_packed_sequence(y)[0], *final], flat(wide), flat(wide), "packed")
+
+
 @kinds
 @pytest.mark.parametrize("layout", ["dense", "batch_first", "unbatched", "padded", "unsorted"])
 def test_return_states(kind: str, layout: str, backend: str) -> None:

@@ -81,3 +81,16 @@ def test_identity_keeps_a_state() -> None:
 def test_refusals(call: Any, error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         call()
+
+
+@pytest.mark.parametrize("library", [nn, rnnkern])
+@pytest.mark.parametrize("name", ["orthogonal_", "identity_", "forget_bias_", "chrono_"])
+def test_parameters_that_are_made_of_others_are_refused(name: str, library: Any) -> None:
+    """Nothing would be set, or what the parametrization does not keep; and nothing before them is changed."""
+    own = {"orthogonal_": "weight_hh", "identity_": "bias_ih"}.get(name, "bias_hh")
+    model = nn.ModuleList(getattr(library, "RNN" if name == "identity_" else "LSTM")(3, 4) for _ in range(2))
+    nn.utils.parametrize.register_parametrization(model[1], f"{own}_l0", nn.Identity())
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match=f"{name}: {own}_l0 of .* is no parameter: it is made of others"):
+        getattr(init, name)(model, **({"longest": 9.0} if name == "chrono_" else {}))
+    assert all(map(torch.equal, before, model.parameters()))

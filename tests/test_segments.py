@@ -90,3 +90,12 @@ def test_segments_are_in_the_order_of_the_walk(reverse: bool, packed: bool) -> N
     parts.sort()
     assert [(p.begin, p.end) for p in parts] == [(0, 2), (2, 4), (4, 7)]
     assert [(p.rows.start, p.rows.stop) for p in parts] == list(pairwise(rows))
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_fewer_steps_than_segments(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So many rows that the backward would be cut, and too few steps for it."""
+    monkeypatch.setattr(_segments, "SMALLEST", 1)
+    call = random_call("mgu", T=steps, B=32, reverse=(False,))
+    truth = gradients(call.written_out(), call.tensors)
+    check_grad(gradients(call.run("reference"), call.tensors), truth, truth)

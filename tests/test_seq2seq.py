@@ -169,6 +169,12 @@ def test_padding_is_never_attended(kind: str) -> None:
         check(logits[:, n : n + 1], alone, alone, f"row {n}")
 
 
+@pytest.mark.parametrize("lengths", [[6, 1, 1], [-1, 1, 1], [1, 1], [1.0, 1.0, 1.0]], ids=str)
+def test_lengths_of_a_source_that_do_not_fit(lengths: list[int]) -> None:
+    with pytest.raises(ValueError, match="lengths: expected"):
+        Attention("dot", 4, 4).prepare(torch.randn(5, 3, 4), lengths)
+
+
 @pytest.mark.parametrize("kind", ["dot", "multiplicative", "additive"])
 def test_nan_in_padding_goes_nowhere(kind: str) -> None:
     attention = Attention(kind, 4, 4, dtype=D)

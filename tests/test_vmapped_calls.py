@@ -37,6 +37,16 @@ def stacked(results: list[list[Tensor]]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("gradient", [True, False])
+def test_batch_first_does_not_matter_to_samples_without_a_batch(gradient: bool) -> None:
+    module, x, hx = drawn("LSTM", "unbatched")
+    expected = vmap(lambda x, hx: flat(module(x, hx)), in_dims=(0, 1))(x, hx)
+    module.batch_first = True
+    with torch.set_grad_enabled(gradient):
+        found = vmap(lambda x, hx: flat(module(x, hx)), in_dims=(0, 1))(x, hx)
+        check(found, expected, expected)
+
+
+@pytest.mark.parametrize("gradient", [True, False])
 @pytest.mark.parametrize("which", ["x", "hx", "both", "x alone"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS)

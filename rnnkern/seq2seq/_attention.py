@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rnnkern import _checks
+from rnnkern._call import Lengths
+
 KINDS = ("dot", "additive", "multiplicative")
 
 
@@ -98,13 +101,14 @@ class Attention(nn.Module):
             self.query = nn.Linear(query_size, hidden_size, bias=False, **options)
             self.score = nn.Linear(hidden_size, 1, bias=False, **options)
 
-    def prepare(self, source: Tensor, lengths: Tensor | None = None) -> Source:
+    def prepare(self, source: Tensor, lengths: Lengths | None = None) -> Source:
         """Keys and padding of a source `(L, N, source_size)`, of which row n has `lengths[n]` steps."""
         values, padding = source.transpose(0, 1), None
         if source.shape[-1] != self.source_size:
             raise ValueError(f"attention: expected a source of {self.source_size} features, got {source.shape[-1]}")
         if lengths is not None:
-            lengths = torch.as_tensor(lengths, device=source.device)
+            L, N = source.shape[:2]
+            lengths = _checks.lengths(lengths, L, N, source.device, False, True)
             padding = torch.arange(source.shape[0], device=source.device) >= lengths[:, None]
             values = values.masked_fill(padding.unsqueeze(-1), 0)  # a weight of 0 would not do: NaN stays NaN
         return Source(values, values if self.kind == "dot" else self.key(values), padding)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rnnkern import _checks
 from rnnkern._call import Lengths
 from rnnkern.seq2seq._attention import Attention, Source
 from rnnkern.seq2seq._encoder import recurrent_class, token_ids
@@ -180,9 +179,7 @@ class Decoder(nn.Module):
             if source.dim() != 3:
                 raise ValueError(f"Decoder.start: expected a source of 3 dimensions, got {source.dim()}")
             source = source.transpose(0, 1) if self.batch_first else source
-            L, batch_size = source.shape[:2]
-            if lengths is not None:
-                lengths = _checks.lengths(lengths, L, batch_size, source.device, False, True)
+            batch_size = source.shape[1]
             prepared = self.attention.prepare(source, lengths)
         elif lengths is not None:
             raise ValueError("Decoder.start: lengths are those of the source, and there is none")
