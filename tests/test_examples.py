@@ -93,6 +93,7 @@ SEQUENCES = {
     "language": ("django", {"network", "naive Bayes", "rank order"}),
     "language_model": (None, {"lstm", "counting", "xz"}),
     "memory": (None, {"adding", "copying"}),
+    "names": ("snownlp", {"network", "by heart", "unseen"}),
     "sunspots": ("statsmodels", {"gru", "AR(9)", "seasonal naive"}),
     "translation": ("django", {"network", "source", "translation memory", "word by word"}),
     "voice": ("sklearn", {"gru", "loudness", "microseconds"}),
@@ -128,6 +129,9 @@ def test_small(name: str, sequence: Any, tmp_path: Path, capsys: pytest.CaptureF
         module.PACKAGES = module.PACKAGES[-1:]  # a third of the text
     if name == "chorales":
         module.FILES, module.ORDERS, module.HIDDEN = "bwv2[67]*.mxl", 2, 16
+    if name == "names":
+        whole = module.corpus
+        module.corpus, module.HIDDEN = lambda: whole()[:300], 8
     if name == "translation":
         module.LONGEST, module.HIDDEN = 12, 16
     found = module.main(["--steps", "3", "--out", str(picture)])
@@ -264,6 +268,21 @@ def test_capitals_taken_out_and_put_back(sequence: Any) -> None:
     assert capitals.written(words, tags) == text
     assert capitals.f1(tags, tags) == 1.0 and capitals.f1([(False, 0)] * len(tags), tags) == 0.0
     assert capitals.by_counting(words, tags, words) == tags
+
+
+def test_names_of_a_newspaper(sequence: Any) -> None:
+    """The corpus' marks as places, these as tags and back, and what is known by heart."""
+    names = sequence("names")
+    text, own = names.corpus()[1]
+    assert {(text[b:e], kind) for b, e, kind in own} == {("中共中央", "nt"), ("江泽民", "nr")}
+    both, places = names.joined([(text, own)] * 2)
+    assert len(places) == 4 and {both[b:e] for b, e, _ in places} == {"中共中央", "江泽民"}
+    close = {(0, 2, "nr"), (2, 3, "nr"), (3, 5, "ns"), (7, 8, "nt")}
+    assert names.names_of(names.tags_of(9, close).tolist()) == close
+    assert names.names_of([2, 2, 4, 0, 6]) == {(0, 2, "nr"), (2, 3, "ns"), (4, 5, "nt")}
+    by_heart = names.ByHeart("ab a ab cd cd cd", {(0, 2, "nr"), (5, 7, "nr"), (0, 1, "ns"), (8, 10, "nt")})
+    assert by_heart("cab") == {(1, 3, "nr")} and by_heart.known == {"ab": "nr"}
+    assert names.f1({(0, 1, "nr"), (2, 3, "ns")}, {(0, 1, "nr"), (2, 3, "nt")}) == 0.5
 
 
 def test_counting_knows_what_repeats(sequence: Any) -> None:
