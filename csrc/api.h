@@ -46,6 +46,11 @@ struct Options {
   const void* const* small = nullptr;                  // [N][kSmalls], null where there is none
 
   bool whole_rows() const { return small && (small[kGain] || small[kGainC]); }
+  // Nothing but layer norm: steps have no other equations.
+  bool only_norms() const {
+    return whole_rows() && !small[kPeepholeI] && !drops() && !candidate.keep && !zones(0) && !zones(1) &&
+           !(cell_clip > 0 || proj_clip > 0 || grad_clip > 0);
+  }
 
   bool zones(int k) const { return zoneout[k] || share[k] > 0; }
   bool drops() const { return h.keep || h_step.keep; }
@@ -63,9 +68,10 @@ struct Scan {
   int64_t reset_s = 0, reset_n = 0;
   const void* reset_state[kMaxStates] = {};  // [N, B, width], batch stride 0 allowed; null: zero
   int64_t reset_state_n[kMaxStates] = {}, reset_state_b[kMaxStates] = {};
-  const Options* options = nullptr;    // null: a plain scan
-  const Weights* weights = nullptr;    // [N]
-  const void* state[kMaxStates] = {};  // [N, B, width] contiguous; forward only: null for zero
+  const Options* options = nullptr;     // null: a plain scan
+  const Weights* weights = nullptr;     // [N]
+  const void* state[kMaxStates] = {};   // [N, B, width] contiguous; forward only: null for zero
+  int64_t planes_s = 0, product_s = 0;  // between rows of planes and of product
   int threads = 1;
 };
 
@@ -78,6 +84,7 @@ struct Forward : Scan {
   void* final_state[kMaxStates] = {};  // [N, B, width]; h may be null where nobody asks for it
   void* seq[kMaxStates] = {};          // [S, N, H] every state but h, which y is, after every step; or null
   void* planes = nullptr;              // [S, N, Q, H] or null
+  void* product = nullptr;             // [S, N, G*H] of h and w_hh, accumulation dtype; with kGain only, or null
   void* hidden = nullptr;              // [S, N, H] or null
 };
 

@@ -54,10 +54,11 @@ void check_rows(const Scan& s) {
   }
 }
 
-// What both directions are given: sizes (T, B, S, N, I, H, P, models, threads), layout (offsets, lengths, reset, its
-// two strides), reset_states (pointer and two strides each), options (none, or the masks h, h_step and candidate with
-// the scale of each, zoneout of h and c, the shares of both, cell_clip, proj_clip, grad_clip, eps, and, where any
-// group has them, kSmalls for each), weights (w_hh, b_hh, w_hr, w_ih, b_ih, reverse for each group).
+// What both directions are given: sizes (T, B, S, N, I, H, P, models, threads, elements between rows of planes and of
+// the product), layout (offsets, lengths, reset, its two strides), reset_states (pointer and two strides each), options
+// (none, or the masks h, h_step and candidate with the scale of each, zoneout of h and c, the shares of both,
+// cell_clip, proj_clip, grad_clip, eps, and, where any group has them, kSmalls for each), weights (w_hh, b_hh, w_hr,
+// w_ih, b_ih, reverse for each group).
 struct Common {
   std::vector<Weights> weights;
   Options options;
@@ -70,6 +71,8 @@ struct Common {
     int64_t* size[] = {&s.T, &s.B, &s.S, &s.N, &s.I, &s.H, &s.P, &s.models};
     for (int i = 0; i < 8; i++) *size[i] = integer(sizes[i]);
     s.threads = int(integer(sizes[8]));
+    s.planes_s = integer(sizes[9]);
+    s.product_s = integer(sizes[10]);
     s.offsets = static_cast<const int64_t*>(pointer(layout[0]));
     s.lengths = static_cast<const int64_t*>(pointer(layout[1]));
     s.reset = static_cast<const uint8_t*>(pointer(layout[2]));
@@ -126,7 +129,7 @@ void forward(const std::string& isa, int cell, int dtype, const py::tuple& sizes
   f.x_s = integer(input[4]);
   f.x_m = integer(input[5]);
   Addresses out{outputs};
-  for (void** to : {&f.y, &f.planes, &f.hidden}) *to = out.next();
+  for (void** to : {&f.y, &f.planes, &f.product, &f.hidden}) *to = out.next();
   for (size_t k = 0; k < states.size(); k++) f.final_state[k] = out.next();
   for (size_t k = 1; k < states.size(); k++) f.seq[k] = out.next();
   if (PyErr_Occurred()) throw py::error_already_set();

@@ -81,7 +81,7 @@ def _flat(spec: ScanSpec, out: ScanOutputs) -> list[Tensor]:
     save, y = spec.save, out.y.contiguous()
     if save == "none":
         return [y, *(final.contiguous() for final in out.final)]
-    planes = out.planes
+    planes = out.planes[:, :, : len(CELLS[spec.cell].planes)] if out.planes.dim() > 1 else out.planes
     if save == "all" and planes.dim() == 1:  # a backend's layer_forward leaves out a plane that is the output
         planes = y.unsqueeze(2).clone()
     return [

@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import layer_norm, linear
 
 from rnnkern._options import Options
 from rnnkern.autograd import Group
-from rnnkern.backends.base import ScanSpec, accumulation_dtype
+from rnnkern.backends.base import ScanSpec
 from rnnkern.cells import CELLS
-from rnnkern.cells.functions import normalise
 
 
 def dropped(params: Sequence[Tensor], per: int, p: float) -> list[Tensor]:
@@ -59,16 +58,17 @@ def normalised(cell: str, x: Tensor, groups: Sequence[Group], at: int) -> tuple[
 
     ``LN(x W_ih^T) * ln_ih + b_ih``, as the scan does with h; `at` is where ln_ih stands in a group's params.
     """
-    spec, wide = CELLS[cell], accumulation_dtype(x.dtype)
+    spec = CELLS[cell]
     columns, rest = [], []
     for w_ih, b_ih, params in groups:
         assert w_ih is not None
-        product = linear(x, w_ih).to(wide)
-        parts = product.split([count * w_ih.shape[0] // len(spec.gates) for count in spec.norm], -1)
-        gx = torch.cat([normalise(part, ScanSpec.eps)[0] for part in parts], -1) * params[at].to(wide)
-        columns.append((gx if b_ih is None else gx + b_ih.to(wide)).to(x.dtype))
+        sizes = [count * w_ih.shape[0] // len(spec.gates) for count in spec.norm]
+        biases = [None] * len(sizes) if b_ih is None else b_ih.split(sizes)
+        parts = zip(w_ih.split(sizes), params[at].split(sizes), biases, strict=True)
+        gx = [layer_norm(linear(x, w), w.shape[:1], gain, b, ScanSpec.eps) for w, gain, b in parts]
+        columns.append(gx[0] if len(gx) == 1 else torch.cat(gx, -1))
         rest.append(Group(None, None, (*params[:at], *params[at + 1 :])))
-    return torch.stack(columns, 1), tuple(rest)
+    return columns[0].unsqueeze(1) if len(columns) == 1 else torch.stack(columns, 1), tuple(rest)
 
 
 def rows_that_exist(x: Tensor, T: int, B: int, lengths: Tensor) -> Tensor:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
-from scans import Case, agree, inputs_of, run, with_options
-from test_cpp import cases, every_isa, expected
+from scans import Case, agree, assert_same_bits, inputs_of, run, with_options
+from test_cpp import PROJECTING, TEAMS, cases, every_isa, expected
 
+from rnnkern.backends.base import ScanInputs
 from rnnkern.backends.cpp import Cpp
+from rnnkern.cells import CELLS
 
 
 @every_isa
@@ -22,6 +25,43 @@ def test_equals_the_reference(case: Case, isa: str) -> None:
         for threads in (1, 2):
             torch.set_num_threads(threads)
             agree(run(backend, inputs, grads, saved), yardstick, truth, inputs)
+    finally:
+        torch.set_num_threads(before)
+
+
+def normed(case: Case) -> ScanInputs:
+    """The case's scan under layer norm, and nothing else."""
+    inputs, cell = inputs_of(case), CELLS[case.cell]
+    names = ("ln_hh", *(name for name in cell.small if name.startswith("ln_c")))
+    generator = torch.Generator().manual_seed(case.seed + 2)
+    widths = [inputs.gx.shape[-1] // (1 if name == "ln_hh" else len(cell.gates)) for name in names]
+    gains = [[torch.randn(w, generator=generator).to(case.dtype) / 2 + 1 for w in widths] for _ in inputs.params]
+    params = tuple((*group, *own) for group, own in zip(inputs.params, gains, strict=True))
+    spec = dataclasses.replace(inputs.spec, params=(*inputs.spec.params, *names))
+    return dataclasses.replace(inputs, spec=spec, params=params)
+
+
+@every_isa
+@pytest.mark.parametrize("make", [normed, with_options])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
+@pytest.mark.parametrize("team", TEAMS)
+def test_layer_norm_by_any_number_of_threads(
+    team: str, cell: str, dtype: torch.dtype, make: Callable[[Case], ScanInputs], isa: str
+) -> None:
+    """Of rows that threads share by columns, too, whose sums they must tell one another."""
+    H = 400 if cell == "rnn_tanh" else TEAMS[team].H  # fewer products are not worth a barrier
+    case = dataclasses.replace(
+        TEAMS[team], cell=cell, dtype=dtype, H=H, project=team == "projected" and cell in PROJECTING
+    )
+    inputs, grads, (yardstick, truth, saved) = expected(case, make)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            first = run(Cpp(isa), inputs, grads, saved)
+            agree(first, yardstick, truth, inputs)
+            assert_same_bits(run(Cpp(isa), inputs, grads, saved), first, inputs)
     finally:
         torch.set_num_threads(before)
 

@@ -14,9 +14,21 @@ struct Lstm {
     V g = tanh(gx[2] + gh[2]);
     V c = options.clipped(f * state[1] + i * options.kept(g));
     V o = sigmoid(options.peep(kPeepholeO, gx[3] + gh[3], c));
-    state[0] = o * tanh(options.normed(c));
+    state[0] = output(o, c);
     state[1] = c;
     plane[0] = i, plane[1] = f, plane[2] = g, plane[3] = o;
+  }
+
+  static constexpr int kOutputGate = 3;
+
+  // h' of c', normalised or not, and the gradient at c' of d at h', where `u` is c' behind its tanh.
+  template <class V>
+  static RK_INLINE V output(V o, V c) {
+    return o * tanh(c);
+  }
+  template <class V>
+  static RK_INLINE V d_output(V d, V o, V u) {
+    return d * o * d_tanh(u);
   }
 
   // c' before its clip: rebuilt, not saved.
@@ -31,10 +43,10 @@ struct Lstm {
     V i = plane[0], f = plane[1], g = plane[2], o = plane[3];
     V c0 = state[1];
     V raw = raw_c(plane, c0, options), c = options.clipped(raw);
-    V u = tanh(options.normed(c));
+    V u = options.squashed(c);
     V dh = dstate[0];
     V d_o = dh * u * d_sigmoid(o);
-    V dc = dstate[1] + options.d_normed(dh * o * d_tanh(u), c);
+    V dc = dstate[1] + options.d_normed(d_output(dh, o, u), c);
     dc = options.d_clipped(options.d_peep(kPeepholeO, dc, d_o, c), raw);
     dgx[0] = dgh[0] = dc * options.kept(g) * d_sigmoid(i);
     dgx[1] = dgh[1] = dc * c0 * d_sigmoid(f);

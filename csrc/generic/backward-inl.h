@@ -8,6 +8,9 @@ class BackwardScan {
   typedef typename M::W W;
   typedef vec<CT> V;
   static constexpr int n = Simd<CT>::n, G = Cell::kGates, K = Cell::kStates, Q = Cell::kPlanes;
+  typedef Tallies<Cell, CT> Slots;
+  // What a step has beyond the plain one: nothing, layer norm of c alone, or what there is.
+  enum Steps { kPlain, kNormed, kAny };
   static constexpr int64_t kFairRows =
       2;  // threads of a team pass all gate gradients to one another: G times what goes forward
 
@@ -34,10 +37,12 @@ class BackwardScan {
     hr_steps_ = packed_steps<M>(f.P);
     int64_t rows = f.N * f.B;
     whole_rows_ = f.options && f.options->whole_rows();
-    gates_size_ = G * f.H + 2 * c_stride_;
+    optional_ = f.options && !f.options->only_norms();
+    rows_together_ = split_.cols > 1 ? f.B : 4;  // one alone would wait for its own sums
     small_size_ = f.dsmall ? (kSmalls + G) * c_stride_ : 0;
     prefer_large_pages(f.dgx, f.S * f.N * G * f.H * sizeof(ST));
     prefer_large_pages(f.dgh, f.S * f.N * G * f.H * sizeof(ST));
+    prefer_large_pages(f.dproduct, f.S * f.N * G * f.H * sizeof(ST));
     mem_.add(&dh_, rows * h_stride_);
     mem_.add(&dc_, rows * (K - 1) * c_stride_);
     mem_.add(&dg_, 2 * rows * g_stride_);
@@ -49,7 +54,8 @@ class BackwardScan {
     mem_.add(&sums_, threads() * f.B * 4 * n);
     mem_.add(&a_rows_, threads() * f.B);
     mem_.add(&d_rows_, whole_rows_ ? threads() * f.B * c_stride_ : 0);
-    mem_.add(&gates_, whole_rows_ ? threads() * gates_size_ : 0);
+    mem_.add(&held_, whole_rows_ ? threads() * rows_together_ * kHeld * c_stride_ : 0);
+    mem_.add(&slots_.all, whole_rows_ ? slots_.plan(threads(), split_.cols, f.B) : 0);
     mem_.add(&small_, f.N * split_.rows * small_size_);
     mem_.add(&barriers_, split_.teams() + 1);
     mem_.allocate();
@@ -93,12 +99,24 @@ class BackwardScan {
     int64_t g;
     Deal rows;
     Range own, out;  // blocks of hidden units and of outputs
-    CT* sums;        // [row][4][n] of one panel
+    int rank;
+    CT* sums;  // [row][4][n] of one panel
     const A** a_rows;
-    CT* d_rows;  // [row][c_stride_]: dh of whole rows
-    CT* gates;   // of one row its gates [G*H], and behind them c' and the gradient of its norm [c_stride_]
-    CT* small;   // gradients of the small parameters [kSmalls][c_stride_], and of kGain [G*H]
+    CT* d_rows;  // [row][c_stride_]: dh, under layer norm
+    CT* small;   // gradients of the small parameters [kSmalls][c_stride_], and of kGain [G][c_stride_]
   };
+
+  // Of a row under layer norm, by columns: gradients of the gates, these times their gain [G][c_stride_]; c', the same
+  // normalised and behind its tanh, and the gradient at its norm times the gain [c_stride_].
+  struct Held {
+    CT *gates, *gained, *c, *squashed, *gained_c;
+  };
+  static constexpr int64_t kHeld = 2 * G + 3;
+  Held held_at(const Job& job, int64_t k) const {
+    CT* at = held_ + (job.rank * rows_together_ + k) * kHeld * c_stride_;
+    CT* c = at + 2 * G * c_stride_;
+    return {at, at + G * c_stride_, c, c + c_stride_, c + 2 * c_stride_};
+  }
 
   void scan(int64_t g, int rank) {
     int col = rank % split_.cols;
@@ -109,10 +127,10 @@ class BackwardScan {
             rows,
             share(blocks_, split_.cols, col),
             share(out_blocks_, split_.cols, col),
+            rank,
             sums_ + rank * f_.B * 4 * n,
             a_rows_ + rank * f_.B,
             d_rows_ + rank * f_.B * c_stride_,
-            gates_ + rank * gates_size_,
             small_ + (g * split_.rows + rank / split_.cols % split_.rows) * small_size_};
     if (f_.dsmall) clear_small(job);
     int parity = 0;
@@ -164,10 +182,8 @@ class BackwardScan {
           int64_t j = b * n;
           int valid = int(f_.H - j < n ? f_.H - j : n);
           V d = load(dy + j, valid) + load(dh_at(job.g, i) + j);
-          if (__builtin_expect(f_.options != nullptr, 0))
-            optional_cell_back(job, row, i, j, valid, parity, from, zones_h_ ? past(job, i, row, j, valid, d) : d);
-          else
-            cell_back<false>(job, row, i, j, valid, parity, from, d, {});
+          if (__builtin_expect(zones_h_, 0)) d = past(job, i, row, j, valid, d);
+          receive(job, row, i, j, valid, parity, from, d);
         }
       }
       if (whole_rows_) rows_back(job, t, count, parity);
@@ -187,11 +203,7 @@ class BackwardScan {
         for (int u = 0; u < units; u++) {
           int64_t j = (b + u) * n;
           int valid = int(f_.H - j < n ? f_.H - j : n);
-          V d = load(job.sums + (i * units + u) * n);
-          if (__builtin_expect(f_.options != nullptr, 0))
-            optional_cell_back(job, row, k, j, valid, parity, from, d);
-          else
-            cell_back<false>(job, row, k, j, valid, parity, from, d, {});
+          receive(job, row, k, j, valid, parity, from, load(job.sums + (i * units + u) * n));
         }
       }
     }
@@ -263,8 +275,12 @@ class BackwardScan {
       int64_t row = rows_.at(t, job.rows[k]), at = row * f_.N + job.g;
       prefetch_columns((const ST*)f_.dy + row * f_.dy_s + job.g * f_.dy_n,
                        own.end <= f_.P ? own : job.out.columns(n, f_.P), false);
-      for (int q = 0; q < Q; q++) prefetch_columns((const ST*)f_.planes + (at * Q + q) * f_.H, own, false);
+      for (int q = 0; q < Q; q++) prefetch_columns((const ST*)f_.planes + at * f_.planes_s + q * f_.H, own, false);
       for (int g = 0; g < G; g++) prefetch_columns((const ST*)f_.dgx + (at * G + g) * f_.H, own, true);
+      for (int g = 0; f_.product && g < G; g++) {
+        prefetch_columns((const CT*)f_.product + at * f_.product_s + g * f_.H, own, false);
+        prefetch_columns((const ST*)f_.dproduct + (at * G + g) * f_.H, own, true);
+      }
       for (int k = 1; k < K; k++) prefetch_columns((const CT*)f_.seq[k] + at * f_.H, own, false);
     }
   }
@@ -276,27 +292,46 @@ class BackwardScan {
     return (1 - stay) * d;
   }
 
-  __attribute__((noinline)) void optional_cell_back(const Job& job, int64_t row, int64_t i, int64_t j, int valid,
-                                                    int parity, const Entering& from, V dh) {
-    if (whole_rows_)
+  // Of m's gradient, what layer norm does not let wait for the others of its row.
+  RK_INLINE void receive(const Job& job, int64_t row, int64_t i, int64_t j, int valid, int parity, const Entering& from,
+                         V dh) {
+    if (__builtin_expect(whole_rows_, 0))
       store(job.d_rows + i * c_stride_ + j, dh);
+    else if (__builtin_expect(optional_, 0))
+      optional_cell_back(job, row, i, j, valid, parity, from, dh, {}, nullptr);
     else
-      cell_back<true>(job, row, i, j, valid, parity, from, dh, {});
+      cell_back<kPlain>(job, row, i, j, valid, parity, from, dh, {}, nullptr);
   }
 
+  __attribute__((noinline)) void optional_cell_back(const Job& job, int64_t row, int64_t i, int64_t j, int valid,
+                                                    int parity, const Entering& from, V dh, const RowNorm<CT>& norm,
+                                                    CT* held) {
+    cell_back<kAny>(job, row, i, j, valid, parity, from, dh, norm, held);
+  }
+
+  // How many of the hidden units from j on are in one vector.
+  int lanes(int64_t j) const { return int(f_.H - j < n ? f_.H - j : n); }
+
   __attribute__((noinline)) void rows_back(const Job& job, int64_t t, int64_t count, int parity);
-  void measure_row(const Job& job, int64_t at, const Entering& from, const CT* d, RowNorm<CT>* norm);
+  template <class F>
+  RK_INLINE void of_gates(const Job& job, F f) const;
+  void measure_c(const Job& job, int64_t t, int64_t k, const Held& held);
+  void measure_d(const Job& job, int64_t t, int64_t k, const Held& held);
+  void tally_product(const Job& job, int64_t at, int64_t k);
+  void tally_gradient(const Job& job, int64_t at, int64_t k, const Held& held);
+  void put_product(const Job& job, int64_t at, int64_t k, const Held& held, A* left);
 
   // What the forward left of a step.
   RK_INLINE void load_step(int64_t at, int64_t j, int valid, const Entering& from, V* plane, V* state) const {
-    for (int q = 0; q < Q; q++) plane[q] = load((const ST*)f_.planes + (at * Q + q) * f_.H + j, valid);
+    for (int q = 0; q < Q; q++) plane[q] = load((const ST*)f_.planes + at * f_.planes_s + q * f_.H + j, valid);
     if (Cell::kReadsH) state[0] = from.h ? load(from.h + j, valid) : V{};
     for (int k = 1; k < K; k++) state[k] = from.c[k] ? load(from.c[k] + j, valid) : V{};
   }
 
-  template <bool kOptions>
+  // held: where under layer norm of the product, gradients of the gates go.
+  template <Steps kSteps>
   RK_INLINE void cell_back(const Job& job, int64_t row, int64_t i, int64_t j, int valid, int parity,
-                           const Entering& from, V dh, const RowNorm<CT>& norm) {
+                           const Entering& from, V dh, const RowNorm<CT>& norm, CT* held) {
     int64_t at = row * f_.N + job.g;
     V dstate[K], plane[Q], state[K], dgx[G], dgh[G], denter[K];
     dstate[0] = dh;
@@ -305,22 +340,25 @@ class BackwardScan {
       dstate[k] = load(dc_at(job.g, i, k) + j);
       if (f_.dseq[k]) dstate[k] += load((const CT*)f_.dseq[k] + at * f_.H + j, valid);
     }
-    if constexpr (kOptions)
+    if constexpr (kSteps == kAny)
       optional_back(job, at * f_.H, j, valid, norm, dstate, plane, state, dgx, dgh, denter);
+    else if constexpr (kSteps == kNormed)
+      Cell::step_backward(dstate, plane, state, dgx, dgh, denter,
+                          norm_options<CT>(j, norm, f_.dsmall ? job.small : nullptr, c_stride_));
     else
       Cell::step_backward(dstate, plane, state, dgx, dgh, denter, NoOptions());
     for (int k = 0; k < G; k++) {
       int64_t column = at * G * f_.H + k * f_.H + j;
       store((ST*)f_.dgx + column, dgx[k], valid);
       if (Cell::kSplit) store((ST*)f_.dgh + column, dgh[k], valid);
-      if (kOptions && f_.product)
-        store(job.gates + k * f_.H + j, dgh[k], valid);
+      if (held)
+        store(held + k * c_stride_ + j, dgh[k]);
       else
         store(dg_at(job.g, parity, i) + k * f_.H + j, dgh[k], valid);
     }
     if (Cell::kReadsH) {
       CT* to = dh_at(job.g, i) + j;
-      if (kOptions && zones_h_) denter[0] += load(to);
+      if (kSteps == kAny && zones_h_) denter[0] += load(to);
       store(to, denter[0]);
     }
     for (int k = 1; k < K; k++) {
@@ -331,7 +369,7 @@ class BackwardScan {
         }
         denter[k] = V{};
       }
-      if (kOptions) denter[k] = bounded(denter[k], CT(f_.options->grad_clip));
+      if (kSteps == kAny) denter[k] = bounded(denter[k], CT(f_.options->grad_clip));
       store(dc_at(job.g, i, k) + j, denter[k]);
     }
   }
@@ -373,7 +411,7 @@ class BackwardScan {
       for (int64_t i = 0; i < count; i++) {
         bool fresh = rows_.resets(rows_.at(t, job.rows[i]), job.g);
         for (int u = 0; u < units; u++)
-          if (__builtin_expect(f_.options != nullptr, 0))
+          if (__builtin_expect(optional_, 0))
             optional_put_carry(job, t, job.rows[i], (b + u) * n, load(job.sums + (i * units + u) * n), fresh);
           else
             put_carry<false>(job, t, job.rows[i], (b + u) * n, load(job.sums + (i * units + u) * n), fresh);
@@ -434,10 +472,11 @@ class BackwardScan {
   Rows rows_;
   Split split_;
   Scratch mem_;
-  bool projected_, zones_h_, whole_rows_, pack_;
+  Slots slots_;
+  bool projected_, zones_h_, whole_rows_, optional_, pack_;
   int64_t blocks_, out_blocks_, c_stride_, h_stride_, d_stride_, g_stride_, hh_steps_, hr_steps_;
-  int64_t gates_size_, small_size_;
-  CT *dh_, *dc_, *fresh_h_, *fresh_c_, *sums_, *d_rows_, *gates_, *small_;
+  int64_t rows_together_, small_size_;
+  CT *dh_, *dc_, *fresh_h_, *fresh_c_, *sums_, *d_rows_, *held_, *small_;
   const A** a_rows_;
   A *dg_, *dp_;
   W *hh_, *hr_;

@@ -123,8 +123,8 @@ void BackwardScan<Cell, M>::start_row(int64_t g, int64_t i) {
 template <class Cell, class M>
 void BackwardScan<Cell, M>::clear_small(const Job& job) {
   Range own = job.own.columns(n, c_stride_);
-  for (int k = 0; k < kSmalls; k++) __builtin_memset(job.small + k * c_stride_ + own.begin, 0, own.size() * sizeof(CT));
-  if (whole_rows_) __builtin_memset(job.small + kSmalls * c_stride_, 0, G * c_stride_ * sizeof(CT));
+  for (int k = 0; k < kSmalls + G; k++)
+    __builtin_memset(job.small + k * c_stride_ + own.begin, 0, own.size() * sizeof(CT));
 }
 
 // Those of all shares of the rows, in their order.
@@ -133,11 +133,13 @@ void BackwardScan<Cell, M>::add_small() {
   for (int64_t g = 0; g < f_.N; g++)
     for (int k = 0; k < kSmalls; k++) {
       CT* to = (CT*)f_.dsmall[g * kSmalls + k];
-      int64_t size = k == kGain ? G * f_.H : f_.H;
-      for (int64_t j = 0; to && j < size; j++) {
-        to[j] = 0;
-        for (int r = 0; r < split_.rows; r++)
-          to[j] += small_[(g * split_.rows + r) * small_size_ + (k == kGain ? int(kSmalls) : k) * c_stride_ + j];
-      }
+      int64_t first = k == kGain ? int(kSmalls) : k;
+      for (int64_t v = 0; to && v < (k == kGain ? G : 1); v++)
+        for (int64_t j = 0; j < f_.H; j++) {
+          CT sum = 0;
+          for (int r = 0; r < split_.rows; r++)
+            sum += small_[(g * split_.rows + r) * small_size_ + (first + v) * c_stride_ + j];
+          to[v * f_.H + j] = sum;
+        }
     }
 }

@@ -9,6 +9,7 @@ class ForwardScan {
   typedef vec<CT> V;
   static constexpr int n = Simd<CT>::n, G = Cell::kGates, K = Cell::kStates;
   static constexpr int kUnits = units_in_panel(G), kWide = units_in_panel(1);
+  typedef Tallies<Cell, CT> Slots;
   static constexpr int64_t kFairRows = 8;  // a full tile: fewer would read the weights for too little
 
  public:
@@ -39,9 +40,11 @@ class ForwardScan {
     int64_t cells = f.S * f.N * f.H;
     prefer_large_pages(f.y, f.S * f.N * f.P * sizeof(ST));
     for (int k = 1; k < K; k++) prefer_large_pages(f.seq[k], cells * sizeof(CT));
-    prefer_large_pages(f.planes, cells * Cell::kPlanes * sizeof(ST));
+    prefer_large_pages(f.planes, f.S * f.N * f.planes_s * sizeof(ST));
     prefer_large_pages(f.hidden, cells * sizeof(ST));
     int threads = split_.threads();
+    whole_rows_ = f.options && f.options->whole_rows();
+    optional_ = f.options && !f.options->only_norms();
     drops_ = f.options && f.options->drops();
     mem_.add(&h_, f.N * 2 * f.B * h_stride_);
     mem_.add(&left_, drops_ ? f.N * 2 * f.B * h_stride_ : 0);
@@ -59,8 +62,9 @@ class ForwardScan {
     mem_.add(&x_rows_, f.gx ? 0 : threads * chunk_rows_);
     mem_.add(&a_rows_, threads * f.B);
     mem_.add(&sums_, threads * f.B * kWide * n);
-    mem_.add(&gates_, f.options && f.options->whole_rows() ? threads * f.B * G * f.H : 0);
-    mem_.add(&next_c_, f.options && f.options->whole_rows() ? threads * c_stride_ : 0);
+    gates_size_ = whole_rows_ ? f.B * ceil_div(blocks_, split_.cols) * G * n : 0;
+    mem_.add(&gates_, threads * gates_size_);
+    mem_.add(&slots_.all, whole_rows_ ? slots_.plan(threads, split_.cols, f.B) : 0);
     mem_.add(&barriers_, split_.teams() + 1);
     mem_.allocate();
     for (int i = 0; i <= split_.teams(); i++) (new (barriers_ + i) Barrier)->reset(i ? split_.cols : threads);
@@ -124,11 +128,12 @@ class ForwardScan {
     store(left + j, rounded(h, (ST*)nullptr), valid);
   }
 
-  // The masks' scale and the bias, which a product of what was kept lacks: so what is kept needs no rounding.
+  // The masks' scale and the bias, which a product of what was kept lacks: so what is kept needs no rounding. Null:
+  // zero.
   __attribute__((noinline)) void scale_product(CT* sums, int64_t rows, int NV, const CT* bias) const {
     CT scale = CT(f_.options->h.scale * f_.options->h_step.scale);
     for (int64_t i = 0; i < rows; i++, sums += NV * n)
-      for (int v = 0; v < NV; v++) store(sums + v * n, load(sums + v * n) * scale + load(bias + v * n));
+      for (int v = 0; v < NV; v++) store(sums + v * n, load(sums + v * n) * scale + (bias ? load(bias + v * n) : V{}));
   }
 
   // ---- one group, one share of rows, this thread's columns -------------------------------------------------------
@@ -138,11 +143,12 @@ class ForwardScan {
     int64_t g;
     Deal rows;
     Range own, out;  // blocks of hidden units and of outputs
-    CT* gx;          // [panel][row of the chunk][units][G][n]
-    CT* sums;        // [row][units][G][n] of one panel
-    CT* gates;       // [row][G][H] of whole rows, and c' of one
-    CT* next_c;
-    A* x;  // rows of x as left sides, where they cannot be used in place
+    int rank;
+    Barrier& barrier;  // the team's
+    CT* gx;            // [panel][row of the chunk][units][G][n]
+    CT* sums;          // [row][units][G][n] of one panel
+    CT* gates;         // [panel][row][units][G][n], under layer norm
+    A* x;              // rows of x as left sides, where they cannot be used in place
     const A **x_rows, **a_rows;
   };
 
@@ -155,10 +161,11 @@ class ForwardScan {
             rows,
             share(blocks_, split_.cols, col),
             share(out_blocks_, split_.cols, col),
+            rank,
+            barrier,
             gx_ + rank * gx_size_,
             sums_ + rank * f_.B * kWide * n,
-            gates_ + rank * f_.B * G * f_.H,
-            next_c_ + rank * c_stride_,
+            gates_ + rank * gates_size_,
             x_ + rank * x_size_,
             x_rows_ + rank * chunk_rows_,
             a_rows_ + rank * f_.B};
@@ -238,14 +245,14 @@ class ForwardScan {
   }
 
   // The left sides of a step times the recurrent weights of one panel; bias null: zero.
-  RK_INLINE void recur(const Job& job, int64_t count, const Walk& walk, int64_t p, const CT* bias) {
+  RK_INLINE void recur(const Job& job, int64_t count, const Walk& walk, int64_t p, const CT* bias, CT* to) {
     int64_t b = walk[p], at = gate(job.g, b), then = gate(job.g, walk.next(p));
     const ST* w_hh = (const ST*)job.w.w_hh;
     if constexpr (Cell::kDiagonal)
-      diagonal(count, walk.units(p), job.a_rows, w_hh, b, bias, job.sums);
+      diagonal(count, walk.units(p), job.a_rows, w_hh, b, bias, to);
     else
       product(count, walk.units(p), job.a_rows, pack_hh_ ? hh_ + at * hh_steps_ : nullptr, hh_ + then * hh_steps_,
-              hh_steps_, w_hh, f_.P, b, bias, job.sums);
+              hh_steps_, w_hh, f_.P, b, bias, to);
   }
 
   // What step t will write of this thread's columns, for some of its rows.
@@ -254,7 +261,9 @@ class ForwardScan {
     for (int64_t k = some.begin; k < some.end; k++) {
       int64_t at = rows_.at(t, job.rows[k]) * f_.N + job.g;
       for (int q = 0; q < Cell::kPlanes; q++)
-        prefetch_columns((const ST*)f_.planes + (at * Cell::kPlanes + q) * f_.H, own, true);
+        prefetch_columns((const ST*)f_.planes + at * f_.planes_s + q * f_.H, own, true);
+      for (int k = 0; f_.product && k < G; k++)
+        prefetch_columns((const CT*)f_.product + at * f_.product_s + k * f_.H, own, true);
       for (int k = 1; k < K; k++) prefetch_columns((const CT*)f_.seq[k] + at * f_.H, own, true);
     }
   }
@@ -262,7 +271,7 @@ class ForwardScan {
   // One step for this thread's columns.
   void advance(const Job& job, int64_t t, int64_t count, int64_t base, int parity) {
     for (int64_t i = 0; i < count; i++) job.a_rows[i] = left_at(job.g, parity, job.rows[i]);
-    if (__builtin_expect(f_.options && f_.options->whole_rows(), 0)) return advance_rows(job, t, count, base, parity);
+    if (__builtin_expect(whole_rows_, 0)) return advance_rows(job, t, count, base, parity);
     Walk walk{job.own, kUnits,
               parity != 0};  // back and forth: what the last step read last is still in the nearest cache
     int64_t ahead = job.w.reverse ? t - 1 : t + 1;
@@ -272,14 +281,15 @@ class ForwardScan {
       int units = walk.units(p);
       const CT* gx = gx_of(job, b, units, base, 0);
       prefetch(job, ahead, share(coming, walk.count(), p));
-      recur(job, count, walk, p, drops_ ? nullptr : bias_hh_ + at);
+      recur(job, count, walk, p, drops_ ? nullptr : bias_hh_ + at, job.sums);
       if (__builtin_expect(drops_, 0)) scale_product(job.sums, count, units * G, bias_hh_ + at);
       for (int64_t i = 0; i < count; i++) {
-        const CT *gx_row = gx ? gx + i * units * G * n : nullptr, *gh = job.sums + i * units * G * n;
-        if (__builtin_expect(f_.options != nullptr, 0))
-          optional_step_row(job, t, job.rows[i], b, units, parity, gx_row, gh, {});
+        const CT* gx_row = gx ? gx + i * units * G * n : nullptr;
+        CT* gh = job.sums + i * units * G * n;
+        if (__builtin_expect(optional_, 0))
+          optional_step_row<false>(job, t, job.rows[i], b, units, parity, gx_row, gh, {});
         else
-          step_row<false>(job, t, job.rows[i], b, units, parity, gx_row, gh, {});
+          step_row<false, false>(job, t, job.rows[i], b, units, parity, gx_row, gh, {});
       }
     }
   }
@@ -293,12 +303,33 @@ class ForwardScan {
   }
 
   __attribute__((noinline)) void advance_rows(const Job& job, int64_t t, int64_t count, int64_t base, int parity);
-  __attribute__((noinline)) void keep_next_c(const Job& job, int64_t t, int64_t i, int64_t block, const CT* gx,
-                                             const CT* gh);
+  template <class F>
+  RK_INLINE void of_gates(const Job& job, int64_t count, int64_t i, F f) const;
+  void tally_next_c(const Job& job, int64_t count, int64_t i);
+  template <bool kOptions>
+  void put_normed(const Job& job, int64_t t, int64_t count, int64_t i, int parity);
 
+  // What layer norm makes of a row's products.
+  struct RowGates {
+    Moments<CT> of_gate[G];
+    const ST* gain;  // null: there is none
+    const CT* bias;  // of the group's first block
+    CT* product;     // of the row, to keep; or null
+    bool waits;      // h' for layer norm of c'
+  };
+
+  template <bool kRows>
   __attribute__((noinline)) void optional_step_row(const Job& job, int64_t t, int64_t i, int64_t block, int units,
-                                                   int parity, const CT* gx, const CT* gh, const RowNorm<CT>& norm) {
-    step_row<true>(job, t, i, block, units, parity, gx, gh, norm);
+                                                   int parity, const CT* gx, CT* gh, const RowGates& gates) {
+    step_row<true, kRows>(job, t, i, block, units, parity, gx, gh, gates);
+  }
+
+  RK_INLINE void normalise(const RowGates& row, int64_t j, int valid, V* h) const {
+    for (int k = 0; k < G; k++) {
+      if (row.product) store(row.product + k * f_.H + j, h[k], valid);
+      if (row.gain) h[k] = row.of_gate[k].normed(h[k]) * load(row.gain + k * f_.H + j, valid);
+      h[k] += load(row.bias + j * G + k * n);
+    }
   }
 
   RK_INLINE void load_gates(const Job& job, int64_t row, int64_t j, int valid, const CT* gx, const CT* gh, V* x,
@@ -310,14 +341,15 @@ class ForwardScan {
     }
   }
 
-  StepOptions<V, CT> options_at(const Job& job, int64_t at, int64_t j, int valid, const RowNorm<CT>& norm) const {
+  StepOptions<V, CT> options_at(const Job& job, int64_t at, int64_t j, int valid) const {
     const Options& o = *f_.options;
-    return step_options<CT, ST>(o, o.small ? o.small + job.g * kSmalls : nullptr, at, j, valid, norm, nullptr, 0);
+    return step_options<CT, ST>(o, o.small ? o.small + job.g * kSmalls : nullptr, at, j, valid, {}, nullptr, 0);
   }
 
-  template <bool kOptions>
+  // One panel of a row. Where h' must wait, c' is left in place of gh, and the gate that h' needs.
+  template <bool kOptions, bool kRows>
   RK_INLINE void step_row(const Job& job, int64_t t, int64_t i, int64_t block, int units, int parity, const CT* gx,
-                          const CT* gh, const RowNorm<CT>& norm) {
+                          CT* gh, const RowGates& gates) {
     int64_t row = rows_.at(t, i), at = row * f_.N + job.g, b = rows_.batch_row(i);
     bool restart = resets_next(job, t, i);
     for (int u = 0; u < units; u++) {
@@ -325,19 +357,23 @@ class ForwardScan {
       int valid = int(f_.H - j < n ? f_.H - j : n);
       V x[G], h[G], state[K], plane[Cell::kPlanes];
       load_gates(job, row, j, valid, gx ? gx + u * G * n : nullptr, gh + u * G * n, x, h);
+      if (kRows) normalise(gates, j, valid, h);
       if (Cell::kReadsH) state[0] = load(h_at(job.g, parity, i) + j);
       for (int k = 1; k < K; k++) state[k] = load(c_at(job.g, i, k) + j);
       if constexpr (kOptions) {
         V c0 = state[K - 1];
-        Cell::step(x, h, state, plane, options_at(job, at * f_.H, j, valid, norm));
+        Cell::step(x, h, state, plane, options_at(job, at * f_.H, j, valid));
+        if constexpr (kRows && K == 2) store(gh + u * G * n, state[1]);
         if (K == 2 && f_.options->zones(1))
           state[K - 1] = mixed(stays<CT>(*f_.options, 1, at * f_.H + j, valid), c0, state[K - 1]);
       } else {
         Cell::step(x, h, state, plane, NoOptions());
+        if constexpr (kRows && K == 2) store(gh + u * G * n, state[1]);
       }
+      if constexpr (kRows && K == 2) store(gh + (u * G + 1) * n, plane[Cell::kOutputGate]);
       if (f_.planes)
         for (int q = 0; q < Cell::kPlanes; q++)
-          store((ST*)f_.planes + (at * Cell::kPlanes + q) * f_.H + j, plane[q], valid);
+          store((ST*)f_.planes + at * f_.planes_s + q * f_.H + j, plane[q], valid);
       for (int k = 1; k < K; k++) {
         if (f_.seq[k]) store((CT*)f_.seq[k] + at * f_.H + j, state[k], valid);
         if (restart) {
@@ -346,13 +382,17 @@ class ForwardScan {
         }
         store(c_at(job.g, i, k) + j, state[k]);
       }
-      if (projected_) {
-        if (f_.hidden) store((ST*)f_.hidden + at * f_.H + j, state[0], valid);
-        store(m_at(job.g, i) + j, rounded(state[0], (ST*)nullptr), valid);
-      } else {
-        put_h<kOptions>(job, t, i, parity, at, j, valid, state[0], restart);
-      }
+      if (!(kRows && K == 2 && gates.waits)) put_m<kOptions>(job, t, i, parity, at, j, valid, state[0], restart);
     }
+  }
+
+  // What the cell gives out: h', or what is projected to it.
+  template <bool kOptions>
+  RK_INLINE void put_m(const Job& job, int64_t t, int64_t i, int parity, int64_t at, int64_t j, int valid, V m,
+                       bool restart) {
+    if (!projected_) return put_h<kOptions>(job, t, i, parity, at, j, valid, m, restart);
+    if (f_.hidden) store((ST*)f_.hidden + at * f_.H + j, m, valid);
+    store(m_at(job.g, i) + j, rounded(m, (ST*)nullptr), valid);
   }
 
   bool resets_next(const Job& job, int64_t t, int64_t i) const {
@@ -410,7 +450,7 @@ class ForwardScan {
           int valid = int(f_.P - j < n ? f_.P - j : n);
           bool restart = resets_next(job, t, row);
           V h = load(job.sums + (i * units + u) * n);
-          if (__builtin_expect(f_.options != nullptr, 0))
+          if (__builtin_expect(optional_, 0))
             optional_put_h(job, t, row, parity, at, j, valid, bounded(h, CT(f_.options->proj_clip)), restart);
           else
             put_h<false>(job, t, row, parity, at, j, valid, h, restart);
@@ -438,12 +478,13 @@ class ForwardScan {
   Rows rows_;
   Split split_;
   Scratch mem_;
-  bool projected_, drops_, pack_hh_, pack_ih_, x_in_place_;
+  Slots slots_;
+  bool projected_, whole_rows_, optional_, drops_, pack_hh_, pack_ih_, x_in_place_;
   int64_t blocks_, out_blocks_, h_stride_, m_stride_, x_stride_, c_stride_, hh_steps_, ih_steps_, hr_steps_;
-  int64_t chunk_steps_, chunk_rows_, gx_size_, x_size_;
+  int64_t chunk_steps_, chunk_rows_, gx_size_, x_size_, gates_size_;
   A *h_, *left_, *m_, *x_;
   const A **x_rows_, **a_rows_;
-  CT *sums_, *gates_, *next_c_, *c_, *bias_hh_, *bias_ih_, *gx_;
+  CT *sums_, *gates_, *c_, *bias_hh_, *bias_ih_, *gx_;
   W *hh_, *ih_, *hr_;
   Barrier* barriers_;
 };

@@ -8,75 +8,92 @@ struct Moments {
   vec<CT> normed(vec<CT> x) const { return (x - mean) * scale; }
 };
 
-// The sum of f(vector at j, lanes in use) over [0, size); what f gives in other lanes does not count.
-template <class CT, class F>
-static RK_INLINE CT sum_of(int64_t size, F f) {
-  constexpr int n = Simd<CT>::n;
-  vec<CT> sum{};
-  int64_t j = 0;
-  for (; j + n <= size; j += n) sum += f(j, n);
-  CT total = 0;
-  if (j < size) {
-    vec<CT> last = f(j, int(size - j));
-    for (int i = 0; i < size - j; i++) total += last[i];
+// Of some numbers x of a row: how many, their mean, and the sum of squared deviations from it; of gradients d at what
+// they are normalised to, times its gain, the sum, and that of each times the deviation of its x.
+template <class CT>
+struct Tally {
+  CT size = 0, mean = 0, square = 0, d = 0, slope = 0;
+
+  // More numbers of the row (Chan, Golub and LeVeque 1979: nothing cancels).
+  void add(const Tally& o) {
+    CT off = o.mean - mean, step = off * (o.size / (size + o.size));
+    square += o.square + off * step * size;
+    slope += o.slope - d * step + o.d * (off - step);
+    mean += step, d += o.d, size += o.size;
   }
-  for (int i = 0; i < n; i++) total += sum[i];
-  return total;
+
+  Moments<CT> moments(double eps) const { return {mean, CT(1 / __builtin_sqrt(square / size + CT(eps)))}; }
+};
+
+// From gradients times their gain to those of x.
+template <class CT>
+struct NormGradient {
+  Moments<CT> x;
+  CT mean = 0, slope = 0;  // of the gradients, and of these times what x is normalised to
+
+  NormGradient() = default;
+  NormGradient(const Tally<CT>& all, double eps)
+      : x(all.moments(eps)), mean(all.d / all.size), slope(all.slope * x.scale / all.size) {}
+
+  vec<CT> operator()(vec<CT> gained, vec<CT> normed) const { return x.scale * (gained - mean - normed * slope); }
+};
+
+// What threads of a team tell one another of rows whose columns they share: a slot for the gates of each group that the
+// cell normalises together, and for c. Between writing and reading one lies a barrier, between reading and writing too.
+template <class Cell, class CT>
+struct Tallies {
+  static constexpr int kParts = sizeof(Cell::kNorm) / sizeof(int), kC = kParts, kDc = kC + 1, kSlots = kDc + 1;
+  Tally<CT>* all = nullptr;  // [rank][row][kSlots]
+  int64_t stride = 0;
+  int cols = 1;
+
+  // Of how many; each rank has its own cache lines.
+  int64_t plan(int threads, int columns, int64_t rows) {
+    cols = columns, stride = ceil_div(rows * kSlots, 16) * 16;
+    return threads * stride;
+  }
+  Tally<CT>& own(int rank, int64_t row, int slot) const { return all[rank * stride + row * kSlots + slot]; }
+  // That of the whole row.
+  Tally<CT> joined(int rank, int64_t row, int slot) const {
+    int first = rank / cols * cols;
+    Tally<CT> sum = own(first, row, slot);
+    for (int r = first + 1; r < first + cols; r++) sum.add(own(r, row, slot));
+    return sum;
+  }
+};
+
+// Which group of gates each one is in.
+template <class Cell>
+constexpr int norm_part(int gate) {
+  int part = 0;
+  for (int end = Cell::kNorm[0]; gate >= end; end += Cell::kNorm[part]) part++;
+  return part;
 }
 
-template <class CT>
-static Moments<CT> moments(const CT* x, int64_t size, double eps) {
-  CT mean = sum_of<CT>(size, [&](int64_t j, int valid) { return load(x + j, valid); }) / CT(size);
-  CT square = sum_of<CT>(size, [&](int64_t j, int valid) {
-    vec<CT> d = load(x + j, valid) - mean;
-    return d * d;
+// Sums of vectors, of each gate's, over the groups.
+template <class Cell, class CT>
+static RK_INLINE void sum_parts(const vec<CT>* of_gate, CT* sums) {
+  for (int part = 0, k = 0; part < Tallies<Cell, CT>::kParts; part++) {
+    vec<CT> sum = of_gate[k++];
+    for (int rest = Cell::kNorm[part]; rest > 1; rest--) sum += of_gate[k++];
+    sums[part] = total(sum);
+  }
+}
+
+// Size, mean and squares of what `each` goes through: it calls its argument with vectors, lanes in use and the gate.
+template <class Cell, class CT, class Each>
+static RK_INLINE void tally_gates(int64_t columns, Each each, Tally<CT>* to) {
+  constexpr int G = Cell::kGates, kParts = Tallies<Cell, CT>::kParts;
+  CT sums[kParts];
+  vec<CT> sum[G] = {}, square[G] = {}, mean[G];
+  each([&](vec<CT> x, int valid, int k) RK_LAMBDA { sum[k] += only<CT>(x, valid); });
+  sum_parts<Cell, CT>(sum, sums);
+  for (int p = 0; p < kParts; p++) to[p] = {CT(Cell::kNorm[p] * columns), sums[p] / CT(Cell::kNorm[p] * columns)};
+  for (int k = 0; k < G; k++) mean[k] = splat(to[norm_part<Cell>(k)].mean);
+  each([&](vec<CT> x, int valid, int k) RK_LAMBDA {
+    vec<CT> d = only<CT>(x - mean[k], valid);
+    square[k] += d * d;
   });
-  return {mean, CT(1 / __builtin_sqrt(square / CT(size) + CT(eps)))};
-}
-
-// The mean of d, and that of d times what x was normalised to.
-template <class CT>
-static void gradient_means(const CT* d, const CT* x, const Moments<CT>& m, int64_t size, CT* mean, CT* slope) {
-  *mean = sum_of<CT>(size, [&](int64_t j, int valid) { return load(d + j, valid); }) / CT(size);
-  *slope = sum_of<CT>(size, [&](int64_t j, int valid) { return load(d + j, valid) * m.normed(load(x + j, valid)); }) /
-           CT(size);
-}
-
-// Gates of one row [G*H], each group of the cell's by itself, in place; gain [G*H].
-template <class Cell, class CT, class ST>
-static void normalise_gates(CT* gates, int64_t H, const ST* gain, double eps) {
-  constexpr int n = Simd<CT>::n;
-  for (int parts : Cell::kNorm) {
-    int64_t size = parts * H;
-    Moments<CT> m = moments(gates, size, eps);
-    for (int64_t j = 0; j < size; j += n) {
-      int valid = int(size - j < n ? size - j : n);
-      store(gates + j, m.normed(load(gates + j, valid)) * load(gain + j, valid), valid);
-    }
-    gates += size, gain += size;
-  }
-}
-
-// From the gradients of what that made, in `gates`, to those of `product`; the gradients of gain are added to dgain.
-template <class Cell, class CT, class ST>
-static void d_normalise_gates(CT* gates, int64_t H, const CT* product, const ST* gain, CT* dgain, double eps) {
-  constexpr int n = Simd<CT>::n;
-  for (int parts : Cell::kNorm) {
-    int64_t size = parts * H;
-    Moments<CT> m = moments(product, size, eps);
-    for (int64_t j = 0; j < size; j += n) {
-      int valid = int(size - j < n ? size - j : n);
-      vec<CT> d = load(gates + j, valid);
-      store(dgain + j, load(dgain + j, valid) + d * m.normed(load(product + j, valid)), valid);
-      store(gates + j, d * load(gain + j, valid), valid);
-    }
-    CT mean, slope;
-    gradient_means(gates, product, m, size, &mean, &slope);
-    for (int64_t j = 0; j < size; j += n) {
-      int valid = int(size - j < n ? size - j : n);
-      vec<CT> normed = m.normed(load(product + j, valid));
-      store(gates + j, m.scale * (load(gates + j, valid) - mean - normed * slope), valid);
-    }
-    gates += size, product += size, gain += size, dgain += size;
-  }
+  sum_parts<Cell, CT>(square, sums);
+  for (int p = 0; p < kParts; p++) to[p].square = sums[p];
 }

@@ -26,8 +26,8 @@ struct NoOptions {
     return d;
   }
   template <class V>
-  RK_INLINE V normed(V c) const {
-    return c;
+  RK_INLINE V squashed(V c) const {
+    return tanh(c);
   }
   template <class V>
   RK_INLINE V d_normed(V d, V) const {
@@ -35,14 +35,28 @@ struct NoOptions {
   }
 };
 
-// Of one row's step under layer norm of c: its moments, and in a backward what a first pass, which is `measuring`,
-// leaves for the second: the gradients with their gain [H], and then their means.
+// Of one row's step back under layer norm of c, what was measured before: its gradient's norm, and in memory c' behind
+// its tanh, and the gradients there times the gain [H].
 template <class CT>
 struct RowNorm {
-  Moments<CT> c;
-  CT* gained = nullptr;
-  CT mean = 0, slope = 0;
-  bool measuring = false;
+  NormGradient<CT> c;
+  const CT *squashed = nullptr, *gained = nullptr;
+};
+
+// Of a step back with layer norm of c and nothing else.
+template <class V, class CT>
+struct NormOptions : NoOptions {
+  RowNorm<CT> row;
+  CT *dgain = nullptr, *dshift = nullptr;  // where their gradients are added up; or null
+
+  RK_INLINE V squashed(V) const { return load(row.squashed); }
+  // The gradient at c from that at what it was normalised to, gain and shift included.
+  RK_INLINE V d_normed(V d, V c) const {
+    V normed = row.c.x.normed(c);
+    if (dgain) store(dgain, load(dgain) + d * normed);
+    if (dshift) store(dshift, load(dshift) + d);
+    return row.c(load(row.gained), normed);
+  }
 };
 
 template <class V, class CT>
@@ -52,8 +66,8 @@ struct StepOptions {
   V bound;
   bool peeps, norms;
   V small[kSmalls];
-  RowNorm<CT> row;
   CT* dsmall[kSmalls];  // where their gradients are added up; or null
+  NormOptions<V, CT> norm;
 
   RK_INLINE V kept(V candidate) const { return candidate * keep; }
   RK_INLINE V clipped(V c) const { return clips ? at_least(at_most(c, bound), -bound) : c; }
@@ -65,28 +79,12 @@ struct StepOptions {
   // The gradient at c, from `d` of its other ways and that of the gate.
   RK_INLINE V d_peep(Small k, V d, V d_gate, V c) const {
     if (!peeps) return d;
-    add(k, d_gate * c);
+    if (dsmall[k]) store(dsmall[k], load(dsmall[k]) + d_gate * c);
     return d + small[k] * d_gate;
   }
 
-  RK_INLINE V normed(V c) const { return norms ? row.c.normed(c) * small[kGainC] + small[kShiftC] : c; }
-  // The gradient at c from that at normed(c).
-  RK_INLINE V d_normed(V d, V c) const {
-    if (!norms) return d;
-    if (row.measuring) {
-      store(row.gained, d * small[kGainC]);
-      return d;
-    }
-    V normed = row.c.normed(c);
-    add(kGainC, d * normed);
-    add(kShiftC, d);
-    return row.c.scale * (load(row.gained) - row.mean - normed * row.slope);
-  }
-
- private:
-  RK_INLINE void add(Small k, V d) const {
-    if (dsmall[k]) store(dsmall[k], load(dsmall[k]) + d);
-  }
+  RK_INLINE V squashed(V c) const { return norms ? norm.squashed(c) : tanh(c); }
+  RK_INLINE V d_normed(V d, V c) const { return norms ? norm.d_normed(d, c) : d; }
 };
 
 // Bytes of 0 and 1 as numbers.
@@ -119,21 +117,29 @@ RK_INLINE V mixed(V stay, V old, V now) {
   return stay * old + (1 - stay) * now;
 }
 
-// Of column j and on in row `at` of [S, N, H]; `small` are the group's, `dsmall` [kSmalls][dsmall_stride] or null.
+// Of column j and on of a row; dsmall [kSmalls][dsmall_stride] or null.
+template <class CT>
+RK_INLINE NormOptions<vec<CT>, CT> norm_options(int64_t j, RowNorm<CT> row, CT* dsmall, int64_t dsmall_stride) {
+  row.squashed += j, row.gained += j;
+  CT *dgain = dsmall ? dsmall + kGainC * dsmall_stride + j : nullptr,
+     *dshift = dsmall ? dsmall + kShiftC * dsmall_stride + j : nullptr;
+  return {{}, row, dgain, dshift};
+}
+
+// The same in row `at` of [S, N, H]; `small` are the group's.
 template <class CT, class ST>
 RK_INLINE StepOptions<vec<CT>, CT> step_options(const Options& o, const void* const* small, int64_t at, int64_t j,
                                                 int valid, const RowNorm<CT>& row, CT* dsmall, int64_t dsmall_stride) {
   StepOptions<vec<CT>, CT> s{
-      factors<CT>(o.candidate, at + j, valid), o.cell_clip > 0, splat(CT(o.cell_clip)), false, false, {}, row, {}};
+      factors<CT>(o.candidate, at + j, valid), o.cell_clip > 0, splat(CT(o.cell_clip)), false, false, {}, {}, {}};
   if (!small) return s;
   s.peeps = small[kPeepholeI] != nullptr;
-  s.norms = small[kGainC] != nullptr;
-  if (s.row.gained) s.row.gained += j;
-  for (int k = kPeepholeI; k < kSmalls; k++)
-    if (small[k]) {
-      s.small[k] = load((const ST*)small[k] + j, valid);
-      s.dsmall[k] = dsmall ? dsmall + k * dsmall_stride + j : nullptr;
-    }
+  for (int k = kPeepholeI; s.peeps && k <= kPeepholeO; k++) {
+    s.small[k] = load((const ST*)small[k] + j, valid);
+    s.dsmall[k] = dsmall ? dsmall + k * dsmall_stride + j : nullptr;
+  }
+  s.norms = row.squashed != nullptr;
+  if (s.norms) s.norm = norm_options<CT>(j, row, dsmall, dsmall_stride);
   return s;
 }
 

@@ -34,9 +34,7 @@ struct Split {
   // input projection.
   static Split choose(const Scan& call, int threads, int64_t column_blocks, int64_t products, int64_t weight_bytes,
                       int64_t ahead, int64_t fair_rows) {
-    bool whole_rows = call.options && call.options->whole_rows();
     if (weight_bytes > near_weights()) fair_rows = kFairRowsFar;
-    if (whole_rows) fair_rows = 1;
     Split s;
     int64_t rows = call.B < 2 ? 2 : call.B;  // one row is bound by the weights' bytes: it takes as long as two
     if (call.T * rows * call.N * (products + ahead) < kWorthARegion) threads = 1;
@@ -53,7 +51,6 @@ struct Split {
         break;
       }
     if (s.cols > column_blocks) s.cols = int(column_blocks);
-    if (whole_rows) s.cols = 1;
     if (call.T > 1)
       while (s.cols > 1 && rows / s.rows * products / s.cols < kWorthABarrier) s.cols /= 2;
     return s;

@@ -2,6 +2,7 @@
 // RK_VBYTES is the vector width. Half-precision storage is widened on load and rounded to nearest even on store.
 
 #define RK_INLINE inline __attribute__((always_inline))
+#define RK_LAMBDA __attribute__((always_inline))
 
 struct bf16 {
   uint16_t bits;
@@ -196,6 +197,18 @@ RK_INLINE void store(ST* p, vec<typename Accumulate<ST>::type> x, int n) {
   store_end(p, x, n);
 }
 
+template <class CT>
+static __attribute__((noinline, cold)) vec<CT> cleared_end(vec<CT> x, int n) {
+  for (int i = n; i < Simd<CT>::n; i++) x[i] = 0;
+  return x;
+}
+
+// x with zeros in the other lanes.
+template <class CT>
+RK_INLINE vec<CT> only(vec<CT> x, int n) {
+  return __builtin_expect(n >= Simd<CT>::n, 1) ? x : cleared_end<CT>(x, n);
+}
+
 // x as it will be read back from storage.
 RK_INLINE vec<float> rounded(vec<float> x, float*) { return x; }
 RK_INLINE vec<double> rounded(vec<double> x, double*) { return x; }
@@ -243,6 +256,17 @@ RK_INLINE vec<CT> sum_lanes(vec<CT>* a) {
 #pragma GCC unroll 16
     for (int i = 0; i < m / 2; i++) a[i] = add_neighbours(a[2 * i], a[2 * i + 1]);
   return a[0];
+}
+
+RK_INLINE float total(vec<float> x) {
+#pragma GCC unroll 4
+  for (int m = Simd<float>::n; m > 1; m /= 2) x = add_neighbours(x, x);
+  return x[0];
+}
+RK_INLINE double total(vec<double> x) {
+#pragma GCC unroll 4
+  for (int m = Simd<double>::n; m > 1; m /= 2) x = add_neighbours(x, x);
+  return x[0];
 }
 
 // (a0 b0 a1 b1 ...) of the first and of the second halves.

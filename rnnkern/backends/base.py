@@ -110,7 +110,9 @@ class ScanOutputs:
     y: Tensor  # [S, N, P] h after every step; rows past a length are 0
     final: tuple[Tensor, ...]  # as states; a row of length 0 keeps its initial state
     seq: tuple[Tensor, ...]  # per state but h: [S, N, H] after every step, its own dtype; numel 0 when save is "none"
-    planes: Tensor  # [S, N, Q, H] storage dtype; numel 0 unless save is "all"; undefined in rows past a length
+    # [S, N, Q, H] storage dtype; numel 0 unless save is "all"; undefined in rows past a length. What lies behind the
+    # cell's planes is the backend's own.
+    planes: Tensor
     hidden: Tensor  # [S, N, H] h before projection; numel 0 without w_hr or when save is "none"
 
 

@@ -91,7 +91,8 @@ class Cpp:
         saved = spec.save != "none"
         y = new((S, N, P), dtype=dtype)
         seq = tuple(new((S, N, H) if saved else (0,), dtype=accumulation_dtype(dtype)) for _ in cell.states[1:])
-        planes = torch.empty((S, N, len(cell.planes), H) if with_planes else (0,), dtype=dtype)
+        count = len(cell.planes) + (len(cell.gates) if _keeps_products(spec, dtype) else 0)
+        planes = torch.empty((S, N, count, H) if with_planes else (0,), dtype=dtype)
         hidden = new((S, N, H) if saved and "w_hr" in spec.params else (0,), dtype=dtype)
         states = tuple(s.contiguous() for s in inputs.states)
         final = tuple(torch.empty_like(s) for s in states)
@@ -102,7 +103,7 @@ class Cpp:
             self.isa,
             CELL_NUMBERS[spec.cell],
             DTYPE_NUMBERS[dtype],
-            (inputs.T, inputs.B, S, N, width, H, P, models, torch.get_num_threads()),
+            (inputs.T, inputs.B, S, N, width, H, P, models, torch.get_num_threads(), count * H, count * H),
             layout,
             resets,
             options,
@@ -112,6 +113,7 @@ class Cpp:
             (
                 y.data_ptr(),
                 planes.data_ptr() if with_planes else 0,
+                planes[:, :, len(cell.planes) :].data_ptr() if with_planes and count > len(cell.planes) else 0,
                 hidden.data_ptr() if hidden.numel() else 0,
                 *(f.data_ptr() for f in final),
                 *(s.data_ptr() if saved else 0 for s in seq),
@@ -154,7 +156,10 @@ class Cpp:
         keep_layout, layout, resets = _layout(inputs)
         keep_masks, options = _options(inputs, spec.grad_clip)
         normed = "ln_hh" in spec.params
-        product = _products(inputs, y) if normed else y.new_empty(0)
+        if planes.shape[2] > len(cell.planes):
+            product = planes[:, :, len(cell.planes) :]
+        else:
+            product = _products(inputs, y).view(S, N, G, H) if normed else y.new_empty(0, 0, 0, 0)
         projected_raw = _projected(inputs, outputs.hidden) if spec.proj_clip and projected else y.new_empty(0)
         dprod = new((S, N, G * H) if normed else (0,), dtype=dtype)
         dsmall = [
@@ -165,7 +170,7 @@ class Cpp:
             self.isa,
             CELL_NUMBERS[spec.cell],
             DTYPE_NUMBERS[dtype],
-            (inputs.T, inputs.B, S, N, 0, H, P, 1, torch.get_num_threads()),
+            (inputs.T, inputs.B, S, N, 0, H, P, 1, torch.get_num_threads(), planes.shape[2] * H, product.stride(1)),
             layout,
             resets,
             options,
@@ -206,6 +211,11 @@ def _plane_is_output(spec: ScanSpec) -> bool:
     return CELLS[spec.cell].planes == ("a",) and "w_hr" not in spec.params and not zoned
 
 
+def _keeps_products(spec: ScanSpec, dtype: torch.dtype) -> bool:
+    """Whether what layer norm is taken of lies behind the planes: only as it is, not rounded to fewer bits."""
+    return "ln_hh" in spec.params and dtype == accumulation_dtype(dtype)
+
+
 def _has_c(spec: ScanSpec) -> bool:
     return CELLS[spec.cell].has_c
 
@@ -240,7 +250,7 @@ def _small_addresses(spec: ScanSpec, tensors: Sequence[Tensor]) -> tuple[int, ..
 
 
 def _products(inputs: ScanInputs, y: Tensor) -> Tensor:
-    """[S, N, G*H]: h, as it meets w_hh, times it, which layer norm's backward reads; nothing of it was saved."""
+    """[S, N, G*H]: h, as it meets w_hh, times it, which layer norm's backward reads, where it was not kept."""
     wide = accumulation_dtype(y.dtype)
     entering = Entering(inputs, y.to(wide), True)
     at, dense = inputs.spec.params.index("w_hh"), CELLS[inputs.spec.cell].dense
