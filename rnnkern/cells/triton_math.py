@@ -34,6 +34,13 @@ def tanh(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def log1p(x):  # type: ignore[no-untyped-def]
+    """log(1 + x) for 0 <= x <= 1; what rounding takes from the sum moves the logarithm by that / (1 + x)."""
+    u = 1.0 + x
+    return tl.log(u) + (x - (u - 1.0)) / u
+
+
+@triton.jit
 def relu(x):  # type: ignore[no-untyped-def]
     return tl.where(x < 0.0, 0.0, x)  # this way round NaN stays
 

@@ -20,6 +20,7 @@ import torch
 from rnnkern._cuda import batch_parallel_h
 from rnnkern.backends.triton.gluon_shim import unavailable
 from rnnkern.backends.triton.options import NORMS, has
+from rnnkern.cells import CELLS
 
 DRIVERS = ("batch_parallel", "per_step", "persistent", "gluon")
 TOGETHER = ("persistent", "gluon")  # those whose programs wait for each other
@@ -168,8 +169,16 @@ def parse(text: str) -> dict[str, Any]:
     return found
 
 
+def _too_many_states(q: Question, driver: str) -> str:
+    """Of a cell with more states than kernels have room for that keep them in registers; else nothing."""
+    count = len(CELLS[q.cell].states)
+    return f"{q.cell}, a cell of {count} states ({driver} has room for two; per_step does it)" if count > 2 else ""
+
+
 def fits_batch_parallel(question: Question) -> str:
     """Why the batch-parallel driver cannot do it, or nothing."""
+    if why := _too_many_states(question, "batch_parallel"):
+        return why
     if question.project:
         return "a projection (batch_parallel has no second product; per_step does it)"
     if has(question.options, NORMS):
@@ -220,6 +229,8 @@ def awaited(q: Question, config: Config) -> tuple[int, ...]:
 def fits_together(q: Question, config: Config) -> str:
     """Why the persistent driver, or its twin in Gluon, cannot do it so, or nothing."""
     name = config.driver
+    if why := _too_many_states(q, name):
+        return why
     if not q.dense:
         return f"a diagonal recurrence ({name} is for products; batch_parallel does it)"
     if q.target.kind == "hip":
