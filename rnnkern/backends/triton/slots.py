@@ -42,6 +42,9 @@ def names_of(states: int) -> tuple[str, ...]:
 
 
 NAMES = names_of(_MOST)
+# What a kernel was compiled to is looked up by its source and by the constants that its functions name. Words that they
+# take from this module, as slots.Y, are none of these: without the order kernels of another one would be found.
+_ORDER = tl.constexpr(NAMES)
 
 
 def _place(name: str) -> tl.constexpr:
@@ -63,6 +66,7 @@ def _place(name: str) -> tl.constexpr:
 @triton.jit
 def pointer(table, SLOT: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
     """The address in a slot of the table as a pointer; ALIGNED promises 16 bytes, which loads need to be wide."""
+    tl.static_assert(_ORDER[SLOT] != "step")  # no address
     found = tl.load(table + SLOT).to(tl.pointer_type(TYPE))
     return tl.multiple_of(found, 16) if ALIGNED else found  # said of the pointer: of the number it would be lost
 
