@@ -35,7 +35,7 @@ _BOUNDS = {"block_b": (4, 64), "block_h": (8, 64), "block_k": (16, 4096)}  # lea
 _TILES = (16, 32, 64)
 _LARGEST = {2: 32, 4: 32, 8: 16}  # edge of a tile, by bytes of an element; larger ones spill
 _SUMS = {2: 16384, 4: 1536, 8: 1024}  # sums of a program, likewise
-_OPTIONED = 1024  # elements of a tile whose step has options: their values need registers too
+_OPTIONED = 1024  # elements of a tile whose step has options or many states: their values need registers too
 _FIXED = 32768  # what a turn costs besides its reading, in bytes read: launching, the cell, the writes
 
 
@@ -169,10 +169,14 @@ def parse(text: str) -> dict[str, Any]:
     return found
 
 
+def _states(q: Question) -> int:
+    return len(CELLS[q.cell].states)
+
+
 def _too_many_states(q: Question, driver: str) -> str:
     """Of a cell with more states than kernels have room for that keep them in registers; else nothing."""
-    count = len(CELLS[q.cell].states)
-    return f"{q.cell}, a cell of {count} states ({driver} has room for two; per_step does it)" if count > 2 else ""
+    many = f"{q.cell}, a cell of {_states(q)} states ({driver} has room for two; per_step does it)"
+    return many if _states(q) > 2 else ""
 
 
 def fits_batch_parallel(question: Question) -> str:
@@ -371,6 +375,7 @@ def _tiled(q: Question) -> Config:
     stages = 3 if q.target.kind == "cuda" else 1
     # Four slices of fp32 or fewer are unrolled, and are then too much at once for the registers of 4 warps.
     many = r * u * gates * q.dtype.itemsize >= 8192 or (q.target.kind == "cuda" and deep <= 4 * depth < 256)
+    many = many or (_states(q) > 2 and r * u > _OPTIONED)
     return Config("per_step", r, u, depth, 8 if many else 4, stages)
 
 

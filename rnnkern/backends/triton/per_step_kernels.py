@@ -1,8 +1,9 @@
 """One step of a scan as one launch: a program has some rows, a tile of units and a group.
 
-What a step leaves for the next lies in memory: h in y (or, where the row starts, in the states), c, and what other
-states there are (REST of them), in the final states, which the program that owns a tile updates in place. That costs one
-more write of c than reading it back from `seq` would where seq is kept, and there is one way of finding c and not four.
+What a step leaves for the next lies in memory: h in y (or, where the row starts, in the states), c and whatever other
+states the cell has, REST in all, in the final states, which the program that owns a tile updates in place. That costs
+one more write of c than reading it back from `seq` would where seq is kept, and there is one way of finding c and not
+four.
 
 Between reading and writing what is updated in place lies a barrier: where a tile has fewer elements than the program
 has threads, several threads read one element and one of them writes it.

@@ -150,7 +150,8 @@ def _optioned(inputs: ScanInputs, norm: bool) -> ScanInputs:
     spec, cell, (S, N, width), B = inputs.spec, CELLS[inputs.spec.cell], inputs.gx.shape, inputs.B
     H, P, two = width // len(cell.gates), inputs.states[0].shape[2], cell.has_c
     sizes = {"h": (N, B, P), "h_step": (S, N, P), "zoneout_h": (S, N, P), "zoneout_c": (S, N, H)}
-    masks = [name for name in sizes if two or name != "zoneout_c"] + list(cell.masks)
+    zoned = {"zoneout_h": not cell.scaled, "zoneout_c": two}  # calls refuse zoneout of a scaled cell
+    masks = [name for name in sizes if zoned.get(name, True)] + list(cell.masks)
     small = tuple(name for name in ("ln_hh", *cell.small) if norm or name not in ("ln_hh", *cell.row))
     more = tuple(inputs.gx.new_empty(width if name == "ln_hh" else H) for name in small)
     projected = float("w_hr" in spec.params)
