@@ -144,6 +144,7 @@ def test_threads_take_turns() -> None:
     Case("lstm", T=17, B=2, H=3, layout="packed", reset="learned"),
     Case("gru", T=66, B=2, H=3, reverse=(True,), layout="padded"),
     Case("lstm", T=9, B=2, H=3, project=True, reverse=(False,)),
+    Case("slstm", T=9, B=2, H=3, reverse=(False,)),
 ], ids=str)  # fmt: skip
 def test_scans_by_graphs_equal_the_reference(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels themselves, with their tables, however a number of steps is cut."""

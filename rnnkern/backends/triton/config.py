@@ -35,7 +35,7 @@ _BOUNDS = {"block_b": (4, 64), "block_h": (8, 64), "block_k": (16, 4096)}  # lea
 _TILES = (16, 32, 64)
 _LARGEST = {2: 32, 4: 32, 8: 16}  # edge of a tile, by bytes of an element; larger ones spill
 _SUMS = {2: 16384, 4: 1536, 8: 1024}  # sums of a program, likewise
-_OPTIONED = 1024  # elements of a tile whose step has options or many states: their values need registers too
+_OPTIONED = 1024  # elements of a tile whose step has options: their values need registers too
 _FIXED = 32768  # what a turn costs besides its reading, in bytes read: launching, the cell, the writes
 
 
@@ -175,8 +175,8 @@ def _states(q: Question) -> int:
 
 def _too_many_states(q: Question, driver: str) -> str:
     """Of a cell with more states than kernels have room for that keep them in registers; else nothing."""
-    many = f"{q.cell}, a cell of {_states(q)} states ({driver} has room for two; per_step does it)"
-    return many if _states(q) > 2 else ""
+    why = f"{q.cell}, a cell of {_states(q)} states ({driver} has room for two; per_step does it)"
+    return why if _states(q) > 2 else ""
 
 
 def fits_batch_parallel(question: Question) -> str:
@@ -374,8 +374,8 @@ def _tiled(q: Question) -> Config:
     depth = min({2: 64, 4: 32, 8: 16}[q.dtype.itemsize], power_of_two(deep))
     stages = 3 if q.target.kind == "cuda" else 1
     # Four slices of fp32 or fewer are unrolled, and are then too much at once for the registers of 4 warps.
-    many = r * u * gates * q.dtype.itemsize >= 8192 or (q.target.kind == "cuda" and deep <= 4 * depth < 256)
-    many = many or (_states(q) > 2 and r * u > _OPTIONED)
+    full = 8192 if _states(q) <= 2 else 4096  # bytes of sums that 4 warps hold no more, beside the states
+    many = r * u * gates * q.dtype.itemsize >= full or (q.target.kind == "cuda" and deep <= 4 * depth < 256)
     return Config("per_step", r, u, depth, 8 if many else 4, stages)
 
 

@@ -143,7 +143,6 @@ def _d_cell(  # type: ignore[no-untyped-def]
         states = (h.to(ACC),)
     place = ((n * B + b) * H)[:, None] + j[None, :]
     dstates = (dh,)
-    carries = ()
     for k in tl.static_range(REST):
         source, read = entering_of(
             table, row, alive, before, went, n, b, B,
@@ -156,7 +155,6 @@ def _d_cell(  # type: ignore[no-untyped-def]
         if HAS_DSEQ & (1 << k):
             d += tl.load(pointer(table, slots.DSEQ[k], ACC, ALIGNED) + own * H + j[None, :], mask=mask, other=0.0)
         dstates = dstates + (d,)
-        carries = carries + (carry,)
     if ZONES_C & OPTIONS:
         stay = staying_of(
             table, row * N + n, j, mask, slots.STAY_C, slots.SHARE_C, STAY_C, H, STORAGE, ACC, ALIGNED, OPTIONS
@@ -208,7 +206,9 @@ def _d_cell(  # type: ignore[no-untyped-def]
             d = tl.where(reset, 0.0, d)
         if GRAD_CLIP & OPTIONS:
             d = bounded(d, number_of(table, slots.GRAD_CLIP, ACC))
-        tl.store(carries[k], d, mask=mask)
+        if REST > 1:  # as in the forward
+            carry = pointer(table, slots.DC0[k], ACC, ALIGNED) + place
+        tl.store(carry, d, mask=mask)
 
 
 @triton.jit(do_not_specialize=["i"])

@@ -204,18 +204,16 @@ def forward_step(  # type: ignore[no-untyped-def]
     if MIXES_H and not PROJECT:
         at = source[:, None] + j[None, :]
         states = (tl.load(at, mask=read[:, None] & (j < H)[None, :], other=0.0).to(ACC),)
-    own = ((n * B + b) * H)[:, None] + j[None, :]
-    carries = ()
+    final = ((n * B + b) * H)[:, None] + j[None, :]
     for k in tl.static_range(REST):
-        carry = pointer(table, slots.C_CARRY[k], ACC, ALIGNED) + own
+        carry = pointer(table, slots.C_CARRY[k], ACC, ALIGNED) + final
         state = tl.load(carry, mask=mask, other=0.0)
         if HAS_RESET:
             restart = tl.zeros((BLOCK_B, BLOCK_H), ACC)
             if HAS_RESTART:
-                restart = tl.load(pointer(table, slots.RESTART_C[k], ACC, ALIGNED) + own, mask=mask, other=0.0)
+                restart = tl.load(pointer(table, slots.RESTART_C[k], ACC, ALIGNED) + final, mask=mask, other=0.0)
             state = tl.where(resets_of(table, row, n, alive, HAS_RESET)[:, None], restart, state)
         states = states + (state,)
-        carries = carries + (carry,)
 
     at = row * N + n
     aux = auxiliary_of(table, n, at, j, mask, SMALLS, PEEPS, H, STORAGE, ACC, ALIGNED, OPTIONS)
@@ -247,7 +245,9 @@ def forward_step(  # type: ignore[no-untyped-def]
             new = (new[0], mixed(stay, states[1], new[1])) + new[2:]
         tl.debug_barrier()
     for k in tl.static_range(REST):
-        tl.store(carries[k], new[1 + k], mask=mask)
+        if REST > 1:  # kept until here, the addresses of several would need registers
+            carry = pointer(table, slots.C_CARRY[k], ACC, ALIGNED) + final
+        tl.store(carry, new[1 + k], mask=mask)
         if SAVE_STATES:
             tl.store(pointer(table, slots.SEQ[k], ACC, ALIGNED) + own * H + j[None, :], new[1 + k], mask=mask)
     if SAVE_PLANES:

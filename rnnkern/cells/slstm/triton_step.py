@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rnnkern.cells.triton_math import d_sigmoid, d_tanh, kept, log1p, sigmoid, tanh, zeros_like
+from rnnkern.cells.triton_math import d_sigmoid, d_tanh, kept, log_sigmoid, sigmoid, tanh, zeros_like
 
 
 @triton.jit
@@ -22,10 +22,8 @@ def step(gx, gh, states, aux):  # type: ignore[no-untyped-def]
     af = gx[1] + gh[1]
     z = tanh(gx[2] + gh[2])
     o = sigmoid(gx[3] + gh[3])
-    e = tl.exp(-tl.abs(af))
-    s = 1.0 / (1.0 + e)
-    r = tl.where(af > 0.0, e * s, s)
-    b = tl.where(af > 0.0, 0.0, af) - log1p(e) + m0
+    b, r = log_sigmoid(af)
+    b = b + m0
     d = tl.where(n0 == 0.0, float("-inf"), b - ai)
     i, f = _weights(d)
     c = f * c0 + i * kept(z, aux)
