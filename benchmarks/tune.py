@@ -79,7 +79,8 @@ class Kind:
         states += [normal(1, self.B, self.H, dtype=accumulation_dtype(dtype)) for _ in CELLS[self.cell].states[1:]]
         group = (normal(G * self.H, self.H, scale=self.H**-0.5), normal(G * self.H, scale=0.1))
         spec = ScanSpec(self.cell, (False,), ("w_hh", "b_hh"), precision=self.rounding)
-        return ScanInputs(spec, T, self.B, normal(T * self.B, 1, G * self.H), tuple(states), (group,))
+        natural = trial.natural(CELLS[self.cell], tuple(states))
+        return ScanInputs(spec, T, self.B, normal(T * self.B, 1, G * self.H), natural, (group,))
 
 
 def kinds(cells: Iterable[str], precisions: Iterable[str]) -> Iterator[Kind]:

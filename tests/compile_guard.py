@@ -135,7 +135,7 @@ EXTENTS = {
     "all": "every kernel for every H",
     "configurations": "every configuration of every kernel",
     "sizes": "of each driver, cell and dtype one size, without mgu and ligru, which are gru with less in it; options "
-    "of lstm in float32 and of indrnn_relu in bfloat16",
+    "of lstm and slstm in float32 and of indrnn_relu in bfloat16",
     "drivers": "as sizes, without float16 and rnn_relu, which differ from bfloat16 and rnn_tanh in an instruction",
 }
 
@@ -147,7 +147,7 @@ def launches(target: str, extent: str) -> list[Any]:
     different, everything = {}, extent == "all"
     asked: dict[str, Any] = {} if extent in ("all", "configurations") else {"sizes": (64, 512), "batches": (16,)}
     if asked:
-        asked["options"] = (("lstm", torch.float32), ("indrnn_relu", torch.bfloat16))
+        asked["options"] = (("lstm", torch.float32), ("slstm", torch.float32), ("indrnn_relu", torch.bfloat16))
     if extent == "sizes":
         asked["cells"] = ("rnn_tanh", "rnn_relu", "lstm", "gru")
     if extent == "drivers":

@@ -164,6 +164,21 @@ def test_what_cudnn_lacks(cell: str, precision: str, option: str) -> None:
         )
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_slstm(precision: str) -> None:
+    """Four states, heads, and units that begin anew."""
+    dtype = PRECISIONS[precision]
+    ours = rnnkern.SLSTM(128, 256, num_heads=4, bidirectional=True, dtype=dtype, device="cuda")
+    exact = copy.deepcopy(ours).cpu().double()
+    x, reset = torch.randn(20, 16, 128, device="cuda", dtype=dtype), torch.rand(20, 16) < 0.1
+    with products(precision):
+        compare(
+            step(ours, x, backend="triton", reset=reset.cuda()),
+            step(ours, x, backend="reference", reset=reset.cuda()),
+            step(exact, x.cpu().double(), backend="reference", reset=reset),
+        )
+
+
 def test_projection() -> None:
     theirs, ours, exact = twins("lstm", torch.float32, 256, proj_size=96)
     x = torch.randn(30, 16, 256, device="cuda")

@@ -22,6 +22,8 @@ import triton
 import triton.language as tl
 from compile_guard import TARGETS, examine
 
+from rnnkern.backends.triton import slots
+
 GUARD = Path(__file__).parent / "compile_guard.py"
 OLD = os.environ.get("RNNKERN_OLD_TRITON")
 
@@ -89,6 +91,20 @@ def test_the_guard_sees_what_does_not_fit(target: str, size: tuple[int, int, int
 def test_the_guard_sees_a_kernel_that_only_traps() -> None:
     found = examine("products", products, TYPES, {"N": 8, "ROWS": 128, "WIDTH": 128}, {"num_warps": 8}, "sm_100")
     assert "the kernel traps" in found.faults, str(found)
+
+
+def test_kernels_of_another_table_are_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Triton keeps on disk is found by this key; it would read words that lie elsewhere now."""
+
+    def key() -> str:
+        slots.pointer.hash = None
+        return slots.pointer.cache_key
+
+    before = key()
+    monkeypatch.setattr(slots, "_ORDER", tl.constexpr(slots.NAMES[::-1]))
+    assert key() != before
+    monkeypatch.undo()
+    assert key() == before
 
 
 def test_the_guard_sees_what_does_not_compile() -> None:

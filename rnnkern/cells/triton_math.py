@@ -34,6 +34,19 @@ def tanh(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def log_sigmoid(x):  # type: ignore[no-untyped-def]
+    """The logarithm of sigmoid(x), and its derivative, which is sigmoid(-x).
+
+    Of log(1 + e), what rounding takes from the sum is given back, over the sum.
+    """
+    e = tl.exp(-tl.abs(x))
+    u = 1.0 + e
+    s = 1.0 / u
+    log1p = tl.log(u) + (e - (u - 1.0)) * s
+    return tl.where(x > 0.0, 0.0, x) - log1p, tl.where(x > 0.0, e * s, s)
+
+
+@triton.jit
 def relu(x):  # type: ignore[no-untyped-def]
     return tl.where(x < 0.0, 0.0, x)  # this way round NaN stays
 

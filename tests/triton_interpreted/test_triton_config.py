@@ -35,6 +35,7 @@ def test_small_ones_are_batch_parallel_and_others_per_step() -> None:
         assert model(ask(dtype=dtype, H=most)).driver == "batch_parallel"
         assert model(ask(dtype=dtype, H=most + 1)).driver == "per_step"
     assert model(ask(H=64, P=16, project=True)).driver == "per_step"
+    assert model(ask(cell="slstm", H=16)).driver == "per_step"
 
 
 @pytest.mark.parametrize("target", shipped.TARGETS.values(), ids=shipped.TARGETS)
@@ -94,6 +95,7 @@ def test_a_driver_that_was_asked_for_is_not_swapped(monkeypatch: pytest.MonkeyPa
     for H in (65, 300):
         assert any(f"H={H} (batch" in reason for reason in scan.unsupported(inputs_of(Case(H=H))))
     assert scan.unsupported(inputs_of(Case("gru", H=64))) == []
+    assert any("slstm, a cell of 4 states (batch" in why for why in scan.unsupported(inputs_of(Case("slstm", H=16))))
 
 
 def test_the_shipped_table_is_well_formed() -> None:

@@ -15,6 +15,7 @@ from rnnkern.backends.triton import graphs
 from rnnkern.backends.triton.slots import NAMES, STEP, advance, word, write_table
 
 CPU = torch.device("cpu")
+START: dict[str, torch.Tensor | int] = {"step": 0}  # of a table
 
 
 class Kept:
@@ -56,7 +57,7 @@ class Noted:
 
 def run(steps: graphs.Steps, launch: Noted, count: int) -> list[int]:
     launch.steps.clear()
-    steps.run((launch,), count, {}, CPU)  # type: ignore[arg-type]
+    steps.run((launch,), count, START, CPU)  # type: ignore[arg-type]
     return launch.steps
 
 
@@ -123,7 +124,7 @@ def test_threads_take_turns() -> None:
 
     def work() -> None:
         for count in counts:
-            steps.run((launch,), count, {}, CPU)  # type: ignore[arg-type]
+            steps.run((launch,), count, START, CPU)  # type: ignore[arg-type]
 
     workers = [threading.Thread(target=work) for _ in range(2)]
     for worker in workers:
@@ -143,6 +144,7 @@ def test_threads_take_turns() -> None:
     Case("lstm", T=17, B=2, H=3, layout="packed", reset="learned"),
     Case("gru", T=66, B=2, H=3, reverse=(True,), layout="padded"),
     Case("lstm", T=9, B=2, H=3, project=True, reverse=(False,)),
+    Case("slstm", T=9, B=2, H=3, reverse=(False,)),
 ], ids=str)  # fmt: skip
 def test_scans_by_graphs_equal_the_reference(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels themselves, with their tables, however a number of steps is cut."""

@@ -94,6 +94,7 @@ BEYOND: dict[str, dict[str, Any]] = {
         "grad_clip": 4.0,
     },
     "IndRNN": {"recurrent_dropout": 0.3},
+    "SLSTM": {"recurrent_dropout": 0.3, "recurrent_dropout_mode": "candidate", "grad_clip": 4.0},
 }  # fmt: skip
 
 

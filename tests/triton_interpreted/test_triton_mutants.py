@@ -5,15 +5,18 @@ A mutant replaces one device function; the kernels find it through the globals o
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import triton
 import triton.language as tl
 from scans import Case, compare, gradients_of, inputs_of
 
 from rnnkern import dispatch
-from rnnkern.backends.triton import batch_parallel_kernels, per_step_backward, per_step_kernels, per_step_parts
+from rnnkern.backends.triton import batch_parallel_kernels, per_step_backward, per_step_kernels, per_step_parts, slots
 from rnnkern.backends.triton.cells import STEPS
 from rnnkern.cells.gru import triton_step as gru
+from rnnkern.cells.slstm import triton_step as slstm
 
 
 @triton.jit
@@ -91,6 +94,18 @@ def forgets_resets_of_a_step(  # type: ignore[no-untyped-def]
     )  # fmt: skip
 
 
+def of_one_state(words: tl.constexpr) -> tl.constexpr:
+    """As where every state beyond h is taken for the first of them."""
+    return tl.constexpr(words.value[:1] * len(words.value))
+
+
+@triton.jit
+def slstm_divides_by_nothing(gx, gh, states, aux):  # type: ignore[no-untyped-def]
+    """By the formulas alone, which have no beginning."""
+    h0, c0, n0, m0 = states
+    return slstm.step(gx, gh, (h0, c0, tl.where(n0 == 0.0, 1e-30, n0), m0), aux)
+
+
 SCAN, STEP = (batch_parallel_kernels,), (per_step_parts, per_step_kernels, per_step_backward)  # a driver's modules
 MUTANTS = {
     "reads_the_row_beside": (
@@ -107,6 +122,7 @@ MUTANTS = {
         (STEP,), "_d_recurrent", forgets_resets_of_a_step, Case("gru", T=4, B=5, H=3, reset="learned"),
     ),
 }  # fmt: skip
+STATES = Case("slstm", T=2, B=3, H=3, reverse=(False,), reset="learned")
 
 
 def judge(case: Case) -> None:
@@ -137,3 +153,17 @@ def test_a_cell_that_shares_its_gate_gradients_is_caught(driver: str, monkeypatc
     monkeypatch.setitem(STEPS, "gru", STEPS["gru"]._replace(step_backward=gru_shares_its_gate_gradients))
     with pytest.raises(AssertionError, match=r"error|cosine|L2"):
         judge(case)
+
+
+@pytest.mark.parametrize("words", ["C0", "RESTART_C", "C_CARRY", "SEQ", "DSEQ", "DC0", "DRESTART_C"])
+def test_states_in_each_others_places_are_caught(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slots, words, of_one_state(getattr(slots, words)))
+    with pytest.raises(AssertionError, match=r"error|cosine|L2|truth"):
+        judge(STATES)
+
+
+def test_a_unit_that_does_not_begin_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    judge(STATES)
+    monkeypatch.setitem(STEPS, "slstm", STEPS["slstm"]._replace(step=slstm_divides_by_nothing))
+    with pytest.raises(AssertionError, match=r"error|cosine|L2|truth"):
+        judge(dataclasses.replace(STATES, reset="zero"))

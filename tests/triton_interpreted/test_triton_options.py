@@ -93,6 +93,8 @@ def test_drivers_of_plain_scans_refuse_options_by_name(driver: str, monkeypatch:
     clipped = dataclasses.replace(inputs, spec=dataclasses.replace(inputs.spec, grad_clip=1.0))
     assert any(f"{driver} has plain scans" in reason for reason in SCAN.unsupported(clipped))
     assert any("diagonal" in reason for reason in SCAN.unsupported(inputs_of(Case("indrnn_relu", H=64))))
+    (why,) = SCAN.unsupported(inputs_of(Case("slstm", torch.bfloat16, T=2, B=3, H=64)))
+    assert why.startswith(f"slstm, a cell of 4 states ({driver} has room for two")
 
 
 def test_layer_norm_is_step_by_step_and_of_rows_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:

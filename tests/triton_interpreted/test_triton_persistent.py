@@ -33,7 +33,7 @@ from rnnkern.backends.triton.config import VARIABLE
 from rnnkern.backends.triton.lost import LOST
 from rnnkern.cells import CELLS
 
-DENSE = [cell for cell in STEPS if CELLS[cell].dense]
+DENSE = [cell for cell in STEPS if CELLS[cell].dense and len(CELLS[cell].states) <= 2]
 SCAN = dispatch.backend("triton")
 AXES: dict[str, list] = {
     "T, B, H": [(3, 3, 24), (2, 6, 33), (4, 5, 17)],

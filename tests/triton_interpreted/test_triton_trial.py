@@ -20,6 +20,7 @@ from rnnkern.backends.triton.cells import STEPS
 
 SCAN = dispatch.backend("triton")
 CPU = torch.device("cpu")
+SLOW = ("slstm",)  # four states to read and write at every step
 
 
 @pytest.fixture(autouse=True)
@@ -34,19 +35,28 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial, "WIDTHS", (5,))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("cell", STEPS)
+def shorten(cell: str, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(trial, "WIDTHS", (5,) if cell in SLOW else (5, 17))
+    if cell in SLOW:
+        patch.setattr(trial, "STEPS", 4)
+
+
+@pytest.mark.parametrize(
+    "cell, dtype", [(cell, dtype) for cell in STEPS for dtype in (DTYPES[:1] if cell in SLOW else DTYPES)], ids=str
+)
 def test_right_kernels_pass(cell: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     if dtype != torch.bfloat16 or cell != "gru":  # the interpreter needs ten seconds for the size that a GPU is given
-        monkeypatch.setattr(trial, "WIDTHS", (5, 17))
+        shorten(cell, monkeypatch)
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         assert trial.trusted(CPU, cell, dtype, "ieee")
 
 
-@pytest.mark.parametrize(("cell", "dtype"), [("lstm", torch.float32), ("gru", torch.bfloat16)], ids=str)
+@pytest.mark.parametrize(
+    "cell, dtype", [("lstm", torch.float32), ("gru", torch.bfloat16), ("slstm", torch.float16)], ids=str
+)
 def test_right_kernels_with_options_pass(cell: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial, "WIDTHS", (5, 17))
+    shorten(cell, monkeypatch)
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         assert trial.trusted(CPU, cell, dtype, "ieee", options=True)

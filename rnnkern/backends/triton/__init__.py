@@ -1,8 +1,8 @@
 """The Triton backend: fused scans on GPUs, and on the CPU in Triton's interpreter, which is for tests.
 
 Four drivers (config.py chooses): *batch_parallel*, a whole scan in one launch, for small H; *per_step*, one launch a
-step, for every size; *persistent*, a whole scan in one launch whose programs share the weights and wait for each other;
-*gluon*, the same with the weights in registers.
+step, for every size and cell; *persistent*, a whole scan in one launch whose programs share the weights and wait for
+each other; *gluon*, the same with the weights in registers.
 Cells bring their equations (cells.py), the drivers everything else.
 """
 

@@ -9,6 +9,7 @@ from rnnkern.cells.ligru import triton_step as ligru
 from rnnkern.cells.lstm import triton_step as lstm
 from rnnkern.cells.mgu import triton_step as mgu
 from rnnkern.cells.rnn import triton_step as rnn
+from rnnkern.cells.slstm import triton_step as slstm
 
 
 class TritonCell(NamedTuple):
@@ -23,6 +24,7 @@ STEPS = {
     "gru": TritonCell(gru.step, gru.step_backward),
     "mgu": TritonCell(mgu.step, mgu.step_backward),
     "ligru": TritonCell(ligru.step, ligru.step_backward),
+    "slstm": TritonCell(slstm.step, slstm.step_backward),
     "indrnn_tanh": TritonCell(rnn.tanh_step, rnn.tanh_step_backward),
     "indrnn_relu": TritonCell(rnn.relu_step, rnn.relu_step_backward),
 }

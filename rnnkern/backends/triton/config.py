@@ -20,6 +20,7 @@ import torch
 from rnnkern._cuda import batch_parallel_h
 from rnnkern.backends.triton.gluon_shim import unavailable
 from rnnkern.backends.triton.options import NORMS, has
+from rnnkern.cells import CELLS
 
 DRIVERS = ("batch_parallel", "per_step", "persistent", "gluon")
 TOGETHER = ("persistent", "gluon")  # those whose programs wait for each other
@@ -168,8 +169,20 @@ def parse(text: str) -> dict[str, Any]:
     return found
 
 
+def _states(q: Question) -> int:
+    return len(CELLS[q.cell].states)
+
+
+def _too_many_states(q: Question, driver: str) -> str:
+    """Of a cell with more states than kernels have room for that keep them in registers; else nothing."""
+    why = f"{q.cell}, a cell of {_states(q)} states ({driver} has room for two; per_step does it)"
+    return why if _states(q) > 2 else ""
+
+
 def fits_batch_parallel(question: Question) -> str:
     """Why the batch-parallel driver cannot do it, or nothing."""
+    if why := _too_many_states(question, "batch_parallel"):
+        return why
     if question.project:
         return "a projection (batch_parallel has no second product; per_step does it)"
     if has(question.options, NORMS):
@@ -220,6 +233,8 @@ def awaited(q: Question, config: Config) -> tuple[int, ...]:
 def fits_together(q: Question, config: Config) -> str:
     """Why the persistent driver, or its twin in Gluon, cannot do it so, or nothing."""
     name = config.driver
+    if why := _too_many_states(q, name):
+        return why
     if not q.dense:
         return f"a diagonal recurrence ({name} is for products; batch_parallel does it)"
     if q.target.kind == "hip":
@@ -359,7 +374,8 @@ def _tiled(q: Question) -> Config:
     depth = min({2: 64, 4: 32, 8: 16}[q.dtype.itemsize], power_of_two(deep))
     stages = 3 if q.target.kind == "cuda" else 1
     # Four slices of fp32 or fewer are unrolled, and are then too much at once for the registers of 4 warps.
-    many = r * u * gates * q.dtype.itemsize >= 8192 or (q.target.kind == "cuda" and deep <= 4 * depth < 256)
+    full = 8192 if _states(q) <= 2 else 4096  # bytes of sums that 4 warps hold no more, beside the states
+    many = r * u * gates * q.dtype.itemsize >= full or (q.target.kind == "cuda" and deep <= 4 * depth < 256)
     return Config("per_step", r, u, depth, 8 if many else 4, stages)
 
 

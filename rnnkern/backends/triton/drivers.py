@@ -30,7 +30,7 @@ from rnnkern.backends.triton.interpreter import INTERPRETED
 from rnnkern.backends.triton.launch import Launch, launch
 from rnnkern.backends.triton.lost import LOST
 from rnnkern.backends.triton.options import options_of
-from rnnkern.backends.triton.slots import NAMES
+from rnnkern.backends.triton.slots import names_of
 from rnnkern.backends.triton.work import Work
 from rnnkern.cells import CELLS
 
@@ -42,7 +42,7 @@ PATIENCE = 1 << 19
 
 
 class Program(NamedTuple):
-    """What a scan launches: all of `launches` once, or, with `words` for a table, for every one of `steps`."""
+    """What a scan launches: all of `launches` once, or, with a table of `words`, for every one of `steps`."""
 
     launches: tuple[Launch, ...]
     steps: int = 1
@@ -201,8 +201,9 @@ def _cell(work: Work, kernel: Any) -> object:
 
 
 def _table(work: Work) -> dict[str, Tensor | int]:
-    """What the table shall hold; constants that promise alignment follow from it."""
-    found = {name: work.arguments[name] for name in NAMES if work.arguments.get(name) is not None}
+    """What the table shall hold, 0 for what is not there; constants that promise alignment follow from it."""
+    given = ((name, work.arguments.get(name)) for name in names_of(work.rest))
+    found = {name: 0 if value is None else value for name, value in given}
     work.constants["ALIGNED"] = True
     for name, value in found.items():
         if not isinstance(value, Tensor) or value.data_ptr() % 16 == 0 or value.dtype in (torch.int32, torch.int64):

@@ -158,7 +158,6 @@ def new_table(device: torch.device) -> Tensor:
 
 
 def write(table: Tensor, words: dict[str, Tensor | int]) -> None:
-    """Sizes and addresses, 0 for what is not there."""
-    values = (words.get(name, 0) for name in NAMES)
-    found = tuple(word(value.data_ptr() if isinstance(value, Tensor) else value) for value in values)
-    write_table[(1,)](table, found, len(NAMES))
+    """Sizes and addresses, in the table's order."""
+    found = tuple(word(value.data_ptr() if isinstance(value, Tensor) else value) for value in words.values())
+    write_table[(1,)](table, found, len(found))

@@ -71,8 +71,8 @@ def has(options: int, bits: tl.constexpr) -> bool:
 
 def refusals(spec: ScanSpec) -> list[str]:
     """What of a scan's options no driver has."""
-    cell, two = CELLS[spec.cell], len(CELLS[spec.cell].states) > 1
-    known = {"h", "h_step", "zoneout_h", *(("zoneout_c",) if two else ()), *cell.masks}
+    cell = CELLS[spec.cell]
+    known = {"h", "h_step", "zoneout_h", *(("zoneout_c",) if cell.has_c else ()), *cell.masks}
     reasons = [f"mask {name}" for name in spec.noise if name not in known]
     known = {"w_hh", "b_hh", "w_hr", "ln_hh", *cell.small}
     reasons += [f"parameter {name}" for name in spec.params if name not in known]
@@ -81,7 +81,7 @@ def refusals(spec: ScanSpec) -> list[str]:
         if 0 < len(given) < len(together):
             missing = (name for name in together if name not in given)
             reasons.append(f"parameter {given[0]} without {', '.join(missing)}")
-    if not two and (spec.cell_clip or spec.zoneout[1]):
+    if not cell.has_c and (spec.cell_clip or spec.zoneout[1]):
         reasons.append(f"{cell.name} has no state c to clip or zone out")
     return reasons
 

@@ -118,7 +118,7 @@ def _d_product(  # type: ignore[no-untyped-def]
 @triton.jit
 def _d_cell(  # type: ignore[no-untyped-def]
     table, dh, past, row, alive, before, went, n, b, B, j,
-    CELL: tl.constexpr, GATES: tl.constexpr, SAVED: tl.constexpr, HAS_C: tl.constexpr, MIXES_H: tl.constexpr,
+    CELL: tl.constexpr, GATES: tl.constexpr, SAVED: tl.constexpr, REST: tl.constexpr, MIXES_H: tl.constexpr,
     SPLIT: tl.constexpr, HAS_DSEQ: tl.constexpr, H: tl.constexpr, N: tl.constexpr,
     HAS_RESET: tl.constexpr, HAS_RESTART: tl.constexpr, STORAGE: tl.constexpr, ACC: tl.constexpr, ALIGNED: tl.constexpr,
     OPTIONS: tl.constexpr, SMALLS: tl.constexpr, PEEPS: tl.constexpr, NORM: tl.constexpr, STARTS: tl.constexpr,
@@ -143,31 +143,29 @@ def _d_cell(  # type: ignore[no-untyped-def]
         states = (h.to(ACC),)
     place = ((n * B + b) * H)[:, None] + j[None, :]
     dstates = (dh,)
-    if HAS_C:
+    for k in tl.static_range(REST):
         source, read = entering_of(
             table, row, alive, before, went, n, b, B,
-            H, N, slots.C0, slots.RESTART_C, slots.SEQ, ACC, HAS_RESET, HAS_RESTART, ALIGNED,
+            H, N, slots.C0[k], slots.RESTART_C[k], slots.SEQ[k], ACC, HAS_RESET, HAS_RESTART, ALIGNED,
         )  # fmt: skip
-        c = tl.load(source[:, None] + j[None, :], mask=read[:, None] & (j < H)[None, :], other=0.0)
-        states = states + (c,)
-        carry = pointer(table, slots.DC0, ACC, ALIGNED) + place
-        dc = tl.load(carry, mask=mask, other=0.0)
-        if HAS_DSEQ:
-            dc += tl.load(pointer(table, slots.DSEQ, ACC, ALIGNED) + own * H + j[None, :], mask=mask, other=0.0)
-        if ZONES_C & OPTIONS:
-            stay = staying_of(
-                table, row * N + n, j, mask, slots.STAY_C, slots.SHARE_C, STAY_C, H, STORAGE, ACC, ALIGNED, OPTIONS
-            )
-            past_c = stay * dc
-            dc = (1.0 - stay) * dc
-        dstates = dstates + (dc,)
+        state = tl.load(source[:, None] + j[None, :], mask=read[:, None] & (j < H)[None, :], other=0.0)
+        states = states + (state,)
+        carry = pointer(table, slots.DC0[k], ACC, ALIGNED) + place
+        d = tl.load(carry, mask=mask, other=0.0)
+        if HAS_DSEQ & (1 << k):
+            d += tl.load(pointer(table, slots.DSEQ[k], ACC, ALIGNED) + own * H + j[None, :], mask=mask, other=0.0)
+        dstates = dstates + (d,)
+    if ZONES_C & OPTIONS:
+        stay = staying_of(
+            table, row * N + n, j, mask, slots.STAY_C, slots.SHARE_C, STAY_C, H, STORAGE, ACC, ALIGNED, OPTIONS
+        )
+        past_c = stay * dstates[1]
+        dstates = (dh, (1.0 - stay) * dstates[1]) + dstates[2:]
 
     aux = auxiliary_of(table, n, row * N + n, j, mask, SMALLS, PEEPS, H, STORAGE, ACC, ALIGNED, OPTIONS)
     dgx, dgh, dentering, small = CELL(dstates, planes, states, aux)
-    if HAS_C:
-        dc = dentering[1]
-        if ZONES_C & OPTIONS:
-            dc += past_c
+    if ZONES_C & OPTIONS:
+        dentering = (dentering[0], dentering[1] + past_c) + dentering[2:]
     if SMALL & OPTIONS:
         sums = pointer(table, slots.DSMALL, ACC, ALIGNED) + ((n * SMALLS * B + b) * H)[:, None] + j[None, :]
         totals = ()
@@ -175,9 +173,12 @@ def _d_cell(  # type: ignore[no-untyped-def]
             totals = totals + (tl.load(sums + k * B * H, mask=mask, other=0.0) + small[k],)
     if HAS_RESET:
         reset = resets_of(table, row, n, alive, HAS_RESET)[:, None]
-    if HAS_C and HAS_RESTART:
-        restarts = pointer(table, slots.DRESTART_C, ACC, ALIGNED) + place
-        through = tl.load(restarts, mask=mask & reset, other=0.0) + dc
+    restarts = ()
+    through = ()
+    if HAS_RESTART:
+        for k in tl.static_range(REST):
+            restarts = restarts + (pointer(table, slots.DRESTART_C[k], ACC, ALIGNED) + place,)
+            through = through + (tl.load(restarts[k], mask=mask & reset, other=0.0) + dentering[1 + k],)
 
     tl.debug_barrier()
     at = own * (GATES * H) + j[None, :]
@@ -197,20 +198,23 @@ def _d_cell(  # type: ignore[no-untyped-def]
     if SMALL & OPTIONS:
         for k in tl.static_range(SMALLS):
             tl.store(sums + k * B * H, totals[k], mask=mask)
-    if HAS_C:
+    for k in tl.static_range(REST):
+        d = dentering[1 + k]
         if HAS_RESTART:
-            tl.store(restarts, through, mask=mask & reset)
+            tl.store(restarts[k], through[k], mask=mask & reset)
         if HAS_RESET:
-            dc = tl.where(reset, 0.0, dc)
+            d = tl.where(reset, 0.0, d)
         if GRAD_CLIP & OPTIONS:
-            dc = bounded(dc, number_of(table, slots.GRAD_CLIP, ACC))
-        tl.store(carry, dc, mask=mask)
+            d = bounded(d, number_of(table, slots.GRAD_CLIP, ACC))
+        if REST > 1:  # as in the forward
+            carry = pointer(table, slots.DC0[k], ACC, ALIGNED) + place
+        tl.store(carry, d, mask=mask)
 
 
 @triton.jit(do_not_specialize=["i"])
 def backward_step(  # type: ignore[no-untyped-def]
     table, i,
-    CELL: tl.constexpr, GATES: tl.constexpr, SAVED: tl.constexpr, HAS_C: tl.constexpr, MIXES_H: tl.constexpr,
+    CELL: tl.constexpr, GATES: tl.constexpr, SAVED: tl.constexpr, REST: tl.constexpr, MIXES_H: tl.constexpr,
     SPLIT: tl.constexpr, HAS_DSEQ: tl.constexpr, H: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
     PERIOD: tl.constexpr, REVERSE: tl.constexpr, HAS_RESET: tl.constexpr, HAS_RESTART: tl.constexpr,
     HAS_LENGTHS: tl.constexpr, HAS_OFFSETS: tl.constexpr, PROJECT: tl.constexpr,
@@ -263,7 +267,7 @@ def backward_step(  # type: ignore[no-untyped-def]
         before, went = locate(w - 1, back, b, length, B, T, offsets, HAS_OFFSETS)
         _d_cell(
             table, dh, past, row, alive, before, went, n, b, B, p,
-            CELL, GATES, SAVED, HAS_C, MIXES_H, SPLIT, HAS_DSEQ, H, N, HAS_RESET, HAS_RESTART, STORAGE, ACC, ALIGNED,
+            CELL, GATES, SAVED, REST, MIXES_H, SPLIT, HAS_DSEQ, H, N, HAS_RESET, HAS_RESTART, STORAGE, ACC, ALIGNED,
             OPTIONS, SMALLS, PEEPS, NORM, STARTS,
         )  # fmt: skip
 
@@ -271,7 +275,7 @@ def backward_step(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=["i"])
 def backward_cell_step(  # type: ignore[no-untyped-def]
     table, i,
-    CELL: tl.constexpr, GATES: tl.constexpr, SAVED: tl.constexpr, HAS_C: tl.constexpr,
+    CELL: tl.constexpr, GATES: tl.constexpr, SAVED: tl.constexpr, REST: tl.constexpr,
     SPLIT: tl.constexpr, HAS_DSEQ: tl.constexpr, H: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
     PERIOD: tl.constexpr, REVERSE: tl.constexpr, HAS_RESET: tl.constexpr, HAS_RESTART: tl.constexpr,
     HAS_LENGTHS: tl.constexpr, HAS_OFFSETS: tl.constexpr,
@@ -303,7 +307,7 @@ def backward_cell_step(  # type: ignore[no-untyped-def]
     before, went = locate(w - 1, back, b, length, B, T, offsets, HAS_OFFSETS)
     _d_cell(
         table, dm, (), row, alive, before, went, n, b, B, j,
-        CELL, GATES, SAVED, HAS_C, False, SPLIT, HAS_DSEQ, H, N, HAS_RESET, HAS_RESTART, STORAGE, ACC, ALIGNED,
+        CELL, GATES, SAVED, REST, False, SPLIT, HAS_DSEQ, H, N, HAS_RESET, HAS_RESTART, STORAGE, ACC, ALIGNED,
         OPTIONS, SMALLS, PEEPS, NORM, STARTS,
     )  # fmt: skip
 
@@ -311,7 +315,7 @@ def backward_cell_step(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=["i"])
 def backward_row_step(  # type: ignore[no-untyped-def]
     table, i,
-    CELL: tl.constexpr, GATES: tl.constexpr, SAVED: tl.constexpr, HAS_C: tl.constexpr, MIXES_H: tl.constexpr,
+    CELL: tl.constexpr, GATES: tl.constexpr, SAVED: tl.constexpr, REST: tl.constexpr, MIXES_H: tl.constexpr,
     SPLIT: tl.constexpr, HAS_DSEQ: tl.constexpr, H: tl.constexpr, N: tl.constexpr,
     PERIOD: tl.constexpr, REVERSE: tl.constexpr, HAS_RESET: tl.constexpr, HAS_RESTART: tl.constexpr,
     HAS_LENGTHS: tl.constexpr, HAS_OFFSETS: tl.constexpr, PROJECT: tl.constexpr,
@@ -337,6 +341,6 @@ def backward_row_step(  # type: ignore[no-untyped-def]
             past = (tl.load(pointer(table, slots.CARRY, ACC, ALIGNED) + at, mask=mask, other=0.0),)
     _d_cell(
         table, dh, past, row, alive, before, went, n, b, B, j,
-        CELL, GATES, SAVED, HAS_C, MIXES_H and not PROJECT, SPLIT, HAS_DSEQ, H, N, HAS_RESET, HAS_RESTART, STORAGE,
+        CELL, GATES, SAVED, REST, MIXES_H and not PROJECT, SPLIT, HAS_DSEQ, H, N, HAS_RESET, HAS_RESTART, STORAGE,
         ACC, ALIGNED, OPTIONS, SMALLS, PEEPS, NORM, STARTS,
     )  # fmt: skip

@@ -1,8 +1,9 @@
 """One step of a scan as one launch: a program has some rows, a tile of units and a group.
 
-What a step leaves for the next lies in memory: h in y (or, where the row starts, in the states), c in the final states,
-which the program that owns a tile updates in place. That costs one more write of c than reading it back from `seq`
-would where seq is kept, and there is one way of finding c and not four.
+What a step leaves for the next lies in memory: h in y (or, where the row starts, in the states), c and whatever other
+states the cell has, REST in all, in the final states, which the program that owns a tile updates in place. That costs
+one more write of c than reading it back from `seq` would where seq is kept, and there is one way of finding c and not
+four.
 
 Between reading and writing what is updated in place lies a barrier: where a tile has fewer elements than the program
 has threads, several threads read one element and one of them writes it.
@@ -162,7 +163,7 @@ def product_step(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=["i"])
 def forward_step(  # type: ignore[no-untyped-def]
     table, i,
-    CELL: tl.constexpr, GATES: tl.constexpr, SAVED: tl.constexpr, HAS_C: tl.constexpr, MIXES_H: tl.constexpr,
+    CELL: tl.constexpr, GATES: tl.constexpr, SAVED: tl.constexpr, REST: tl.constexpr, MIXES_H: tl.constexpr,
     H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PERIOD: tl.constexpr, REVERSE: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_RESET: tl.constexpr, HAS_RESTART: tl.constexpr, HAS_LENGTHS: tl.constexpr,
     HAS_OFFSETS: tl.constexpr, PROJECT: tl.constexpr, SAVE_STATES: tl.constexpr, SAVE_PLANES: tl.constexpr,
@@ -203,16 +204,16 @@ def forward_step(  # type: ignore[no-untyped-def]
     if MIXES_H and not PROJECT:
         at = source[:, None] + j[None, :]
         states = (tl.load(at, mask=read[:, None] & (j < H)[None, :], other=0.0).to(ACC),)
-    if HAS_C:
-        own = ((n * B + b) * H)[:, None] + j[None, :]
-        carry = pointer(table, slots.C_CARRY, ACC, ALIGNED) + own
-        c = tl.load(carry, mask=mask, other=0.0)
+    final = ((n * B + b) * H)[:, None] + j[None, :]
+    for k in tl.static_range(REST):
+        carry = pointer(table, slots.C_CARRY[k], ACC, ALIGNED) + final
+        state = tl.load(carry, mask=mask, other=0.0)
         if HAS_RESET:
             restart = tl.zeros((BLOCK_B, BLOCK_H), ACC)
             if HAS_RESTART:
-                restart = tl.load(pointer(table, slots.RESTART_C, ACC, ALIGNED) + own, mask=mask, other=0.0)
-            c = tl.where(resets_of(table, row, n, alive, HAS_RESET)[:, None], restart, c)
-        states = states + (c,)
+                restart = tl.load(pointer(table, slots.RESTART_C[k], ACC, ALIGNED) + final, mask=mask, other=0.0)
+            state = tl.where(resets_of(table, row, n, alive, HAS_RESET)[:, None], restart, state)
+        states = states + (state,)
 
     at = row * N + n
     aux = auxiliary_of(table, n, at, j, mask, SMALLS, PEEPS, H, STORAGE, ACC, ALIGNED, OPTIONS)
@@ -236,17 +237,19 @@ def forward_step(  # type: ignore[no-untyped-def]
         _, more = locate(s + 1, back, b, length, B, T, offsets, HAS_OFFSETS)
         last = pointer(table, slots.H_LAST, STORAGE, ALIGNED) + ((n * B + b) * H)[:, None] + j[None, :]
         tl.store(last, h, mask=mask & (more == 0)[:, None])
-    if HAS_C:
-        c = new[1]
+    if REST:
         if ZONES_C & OPTIONS:
             stay = staying_of(
                 table, at, j, mask, slots.STAY_C, slots.SHARE_C, STAY_C, H, STORAGE, ACC, ALIGNED, OPTIONS
             )
-            c = mixed(stay, states[1], c)
+            new = (new[0], mixed(stay, states[1], new[1])) + new[2:]
         tl.debug_barrier()
-        tl.store(carry, c, mask=mask)
+    for k in tl.static_range(REST):
+        if REST > 1:  # kept until here, the addresses of several would need registers
+            carry = pointer(table, slots.C_CARRY[k], ACC, ALIGNED) + final
+        tl.store(carry, new[1 + k], mask=mask)
         if SAVE_STATES:
-            tl.store(pointer(table, slots.SEQ, ACC, ALIGNED) + own * H + j[None, :], c, mask=mask)
+            tl.store(pointer(table, slots.SEQ[k], ACC, ALIGNED) + own * H + j[None, :], new[1 + k], mask=mask)
     if SAVE_PLANES:
         at = pointer(table, slots.PLANES, STORAGE, ALIGNED) + own * (SAVED * H) + j[None, :]
         for q in tl.static_range(SAVED):

@@ -18,7 +18,7 @@ from rnnkern.backends.triton.cells import STEPS
 from rnnkern.backends.triton.config import TOGETHER, Target, shipped_table, suits_together
 from rnnkern.backends.triton.drivers import plan_backward, plan_forward, question
 from rnnkern.backends.triton.launch import TYPES, Launch
-from rnnkern.backends.triton.slots import NAMES, advance, write_table
+from rnnkern.backends.triton.slots import advance, names_of, write_table
 from rnnkern.cells import CELLS
 
 SIZES = (32, 64, 128, 200, 512, 1024)
@@ -62,9 +62,9 @@ def shipped(
         if key not in seen:
             seen.add(key)
             yield Shipped(f"{name} {one.name}", one.kernel, one.signature(), one.compiled_constants(), one.options)
-    words = ("i64",) * len(NAMES)
-    yield Shipped("write_table", write_table, {"table": "*i64", "words": words, "COUNT": "constexpr"},  # type: ignore[dict-item]
-                  {"COUNT": len(NAMES)}, {})  # fmt: skip
+    for count in sorted({len(names_of(len(CELLS[cell].states) - 1)) for cell in STEPS}):
+        signature = {"table": "*i64", "words": ("i64",) * count, "COUNT": "constexpr"}
+        yield Shipped("write_table", write_table, signature, {"COUNT": count}, {})  # type: ignore[arg-type]
     yield Shipped("advance", advance, {"table": "*i64", "count": "i32"}, {}, {})
 
 
@@ -148,9 +148,10 @@ def _inputs(cell: str, dtype: torch.dtype, H: int, B: int, kind: str, save: str,
 def _optioned(inputs: ScanInputs, norm: bool) -> ScanInputs:
     """With every mask, bound and elementwise parameter that there is, those of layer norm only with `norm`."""
     spec, cell, (S, N, width), B = inputs.spec, CELLS[inputs.spec.cell], inputs.gx.shape, inputs.B
-    H, P, two = width // len(cell.gates), inputs.states[0].shape[2], len(cell.states) > 1
+    H, P, two = width // len(cell.gates), inputs.states[0].shape[2], cell.has_c
     sizes = {"h": (N, B, P), "h_step": (S, N, P), "zoneout_h": (S, N, P), "zoneout_c": (S, N, H)}
-    masks = [name for name in sizes if two or name != "zoneout_c"] + list(cell.masks)
+    zoned = {"zoneout_h": not cell.scaled, "zoneout_c": two}  # calls refuse zoneout of a scaled cell
+    masks = [name for name in sizes if zoned.get(name, True)] + list(cell.masks)
     small = tuple(name for name in ("ln_hh", *cell.small) if norm or name not in ("ln_hh", *cell.row))
     more = tuple(inputs.gx.new_empty(width if name == "ln_hh" else H) for name in small)
     projected = float("w_hr" in spec.params)

@@ -1,14 +1,21 @@
 """The table that a per-step scan's kernels find everything in: addresses and sizes, a 64-bit word each.
 
 "step" is 0 at first and moved on by every graph of steps; a kernel's own step is that plus its launch argument.
+
+Of what there is for each state beyond h, SEQ[k] is the word of the k-th. A table is as long as the states of its cell
+need: the words of a second state beyond h, and of others, are its last.
 """
 
 from __future__ import annotations
 
+from functools import cache
+
 import triton
 import triton.language as tl
 
-NAMES = (
+from rnnkern.cells import CELLS
+
+_NAMES = (
     "step", "T", "B",
     "gx", "gx_row", "gx_group", "w", "bias", "w_hr",
     "h0", "c0", "restart_h", "restart_c", "reset", "reset_row", "reset_group", "lengths", "offsets",
@@ -18,6 +25,32 @@ NAMES = (
     "gain_h", "product", "normed", "norm_scales", "dprod", "dhidden",
     "scale_h", "scale_candidate", "share_h", "share_c", "cell_clip", "proj_clip", "grad_clip", "eps",
 )  # fmt: skip
+_OF_STATES = ("c0", "restart_c", "c_last", "seq", "dseq", "dc0", "drestart_c")
+_MOST = max(len(cell.states) for cell in CELLS.values()) - 1
+
+
+@cache
+def each(name: str) -> tuple[str, ...]:
+    """The names of a word that there is for each state beyond h."""
+    return name, *(f"{name}_{k}" for k in range(1, _MOST))
+
+
+@cache
+def names_of(states: int) -> tuple[str, ...]:
+    """The words of a table for a cell with so many states beyond h."""
+    return _NAMES + tuple(each(name)[k] for k in range(1, states) for name in _OF_STATES)
+
+
+NAMES = names_of(_MOST)
+# What a kernel was compiled to is looked up by its source and by the constants that its functions name. Words that they
+# take from this module, as slots.Y, are none of these: without the order kernels of another one would be found.
+_ORDER = tl.constexpr(NAMES)
+
+
+def _place(name: str) -> tl.constexpr:
+    return tl.constexpr(tuple(map(NAMES.index, each(name))) if name in _OF_STATES else NAMES.index(name))
+
+
 (
     STEP, STEPS, BATCH,
     GX, GX_ROW, GX_GROUP, W, BIAS, W_HR,
@@ -27,12 +60,13 @@ NAMES = (
     KEEP_H, KEEP_STEP, CANDIDATE, STAY_H, STAY_C, SMALL, DSMALL, WITHIN,
     GAIN_H, PRODUCT, NORMED, NORM_SCALES, DPROD, DHIDDEN,
     SCALE_H, SCALE_CANDIDATE, SHARE_H, SHARE_C, CELL_CLIP, PROJ_CLIP, GRAD_CLIP, EPS,
-) = (tl.constexpr(k) for k in range(len(NAMES)))  # fmt: skip
+) = map(_place, _NAMES)  # fmt: skip
 
 
 @triton.jit
 def pointer(table, SLOT: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
     """The address in a slot of the table as a pointer; ALIGNED promises 16 bytes, which loads need to be wide."""
+    tl.static_assert(_ORDER[SLOT] != "step")  # no address
     found = tl.load(table + SLOT).to(tl.pointer_type(TYPE))
     return tl.multiple_of(found, 16) if ALIGNED else found  # said of the pointer: of the number it would be lost
 

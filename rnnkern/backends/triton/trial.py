@@ -19,7 +19,7 @@ from torch import Tensor
 from rnnkern.backends.base import ScanGrads, ScanInputs, ScanOutputs, ScanSpec, accumulation_dtype
 from rnnkern.backends.reference import BACKEND as REFERENCE
 from rnnkern.backends.triton.config import shipped_table, tabled_drivers, target_of
-from rnnkern.cells import CELLS
+from rnnkern.cells import CELLS, CellSpec
 
 WIDTHS = (13, 144)  # one for each driver that the size model takes
 WIDE = 200  # for those that only the table takes
@@ -74,7 +74,7 @@ def problem(
     def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
         return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
 
-    states = (normal(N, B, H), *(normal(N, B, H, dtype=wide) for _ in spec.states[1:]))
+    states = natural(spec, (normal(N, B, H), *(normal(N, B, H, dtype=wide) for _ in spec.states[1:])))
     params = tuple((normal(*spec.recurrent_shape(H, H), scale=H**-0.5), normal(G * H, scale=0.1)) for _ in range(N))
     scan = ScanSpec(cell, (False, True), ("w_hh", "b_hh"), precision=precision)
     lengths = torch.tensor([T, 1, T - 3, T, 2])
@@ -85,8 +85,7 @@ def problem(
     found.params = tuple(
         (*group, *(normal(G * H if name == "ln_hh" else H) for name in small)) for group in found.params
     )
-    two = len(spec.states) > 1
-    masks = ("h", "h_step", "zoneout_h", *(("zoneout_c",) if two else ()), *spec.masks)
+    masks = ("h", "h_step", "zoneout_h", *(("zoneout_c",) if spec.has_c else ()), *spec.masks)
     found.noise = tuple(
         torch.rand((N, B, H) if name == "h" else (T * B, N, H), generator=generator) < 0.7 for name in masks
     )
@@ -96,10 +95,15 @@ def problem(
         noise=masks,
         scales=tuple(1.0 if name.startswith("zoneout") else 1 / 0.7 for name in masks),
         # In 16 bits c is often as near to a bound as its rounding: which side it is on is then nobody's error.
-        cell_clip=0.0 if not two else 2.0 if dtype.itemsize > 2 else 64.0,
+        cell_clip=0.0 if not spec.has_c else 2.0 if dtype.itemsize > 2 else 64.0,
         grad_clip=2.0,
     )
     return found
+
+
+def natural(spec: CellSpec, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Random numbers as states: what a cell divides by, as sLSTM does by its n, is not near 0."""
+    return tuple(s.abs() + 1 if name == "n" else s for name, s in zip(spec.states, states, strict=True))
 
 
 def _compare(backend: Any, inputs: ScanInputs, device: torch.device, driver: str | None = None) -> None:

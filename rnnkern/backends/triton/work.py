@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from rnnkern.backends.triton.options import (
     small_of,
     within_projection,
 )
+from rnnkern.backends.triton.slots import each
 from rnnkern.cells import CELLS
 
 LONGEST_PERIOD = 31  # of a pattern of directions: it travels as the bits of one int
@@ -55,7 +57,7 @@ class Work:
         self.S, self.N, width = inputs.gx.shape
         self.H, self.P = width // len(cell.gates), inputs.states[0].shape[2]
         self.project = "w_hr" in spec.params
-        self.has_c = len(cell.states) > 1
+        self.rest = len(cell.states) - 1
         self.options, self.small = options_of(spec), small_of(spec)
         self.norm_h, self.rows = has(self.options, NORM_H), has(self.options, NORMS)
         # Whether the entering h has a way into the new one past the product.
@@ -65,7 +67,8 @@ class Work:
         self.constants: dict[str, Any] = {
             "GATES": len(cell.gates),
             "SAVED": len(cell.planes),
-            "HAS_C": self.has_c,
+            "REST": self.rest,  # states beyond h
+            "HAS_C": self.rest > 0,  # for kernels that have room for one
             "MIXES_H": self.mixes_h,
             "SPLIT": bool(cell.split),
             "H": self.H,
@@ -101,8 +104,8 @@ class Work:
             "bias": self.weights("b_hh"),
             "w_hr": self.weights("w_hr"),
             "gain_h": self.weights("ln_hh"),
-            **_named(("h0", "c0"), tuple(s.contiguous() for s in inputs.states)),
-            **_named(("restart_h", "restart_c"), tuple(s.contiguous() for s in inputs.reset_states)),
+            **_named(("h0", *each("c0")), tuple(s.contiguous() for s in inputs.states)),
+            **_named(("restart_h", *each("restart_c")), tuple(s.contiguous() for s in inputs.reset_states)),
             "reset": reset,
             "reset_row": 0 if reset is None else reset.stride(0),
             "reset_group": 0 if reset is None else reset.stride(1),
@@ -155,9 +158,8 @@ class Work:
             "gx_row": gx.stride(0),
             "gx_group": gx.stride(1),
             "y": out.y,
-            "h_last": out.final[0],
-            "c_last": out.final[1] if self.has_c else None,
-            "seq": out.seq[0] if self.has_c and saved else None,
+            **_named(("h_last", *each("c_last")), out.final),
+            **_named(each("seq"), out.seq if saved else ()),
             "planes": out.planes if kept else None,
         }
         return out
@@ -188,21 +190,23 @@ class Work:
         if has(self.options, PROJ_CLIP):
             self.arguments["within"] = within_projection(self.inputs, outputs.hidden, self.arguments["w_hr"])
         dy = rows(dy)
-        given = dseq[0] if dseq and dseq[0].dim() > 1 else None
-        self.constants |= {"DY_ALIGNED": even(dy), "HAS_DSEQ": given is not None}
+        given = tuple(d.contiguous() if d.dim() > 1 else None for d in dseq)
+        # Bit k: of the k-th state beyond h.
+        has_dseq = sum(1 << k for k, d in enumerate(given) if d is not None)
+        self.constants |= {"DY_ALIGNED": even(dy), "HAS_DSEQ": has_dseq}
         self.arguments |= {
             "y": outputs.y.contiguous(),
-            "seq": outputs.seq[0].contiguous() if self.has_c else None,
+            **_named(each("seq"), tuple(s.contiguous() for s in outputs.seq)),
             "planes": outputs.planes.contiguous(),
             "dy": dy,
             "dy_row": dy.stride(0),
             "dy_group": dy.stride(1),
-            "dseq": None if given is None else given.contiguous(),
+            **_named(each("dseq"), given),
             "dgx": dgx,
             "dgh": dgh if self.cell.split else dgx,
             "dh": found.dh if self.project else None,
-            **_named(("dh0", "dc0"), found.dstates),
-            **_named(("drestart_h", "drestart_c"), found.dreset_states),
+            **_named(("dh0", *each("dc0")), found.dstates),
+            **_named(("drestart_h", *each("drestart_c")), found.dreset_states),
         }
         return found
 
@@ -219,7 +223,6 @@ class Work:
         return tuple(tuple(found[name][n] for name in order) for n in range(self.N))
 
 
-def _named(names: tuple[str, str], tensors: tuple[Tensor, ...]) -> dict[str, Tensor | None]:
-    """h's and c's; None for what the cell or the call does not have."""
-    padded = (*tensors, None, None)
-    return {name: tensor for name, tensor in zip(names, padded, strict=False)}
+def _named(names: tuple[str, ...], tensors: tuple[Tensor | None, ...]) -> dict[str, Tensor | None]:
+    """A tensor of each state; None for what the cell or the call does not have."""
+    return dict(zip_longest(names, tensors))
