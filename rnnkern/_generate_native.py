@@ -81,8 +81,7 @@ class Plan:
         o, N = self.options, len(prompt)
         engine, table = self._engine(prompt.shape[1] + o.most, N * o.beams)
         if self.states:
-            given = [s.detach().repeat_interleave(o.beams, 1).contiguous() for s in self.states]
-            engine.write(given[0], given[1] if len(given) > 1 else None, None)
+            engine.write(None, *(s.detach().repeat_interleave(o.beams, 1).contiguous() for s in self.states))
         tokens, counts = torch.full((N, o.most), o.pad), torch.empty(N, dtype=torch.int64)
         scores = torch.empty(N, dtype=torch.float64) if o.beams > 1 else None
         stops = torch.tensor(o.stops) if o.stops else None
@@ -127,9 +126,8 @@ class Plan:
         assert table is not None
         form = _stream.FORMS["bf16" if self.dtype == torch.bfloat16 else None]
         cell, dtype = cpp.CELL_NUMBERS[s.cell], cpp.DTYPE_NUMBERS[self.dtype]
-        sizes = (s.layers, rows, fed if as_gates else s.I, s.H, s.P)
-        head = network.head
-        engine = _cpu.Stream(cpp.BACKEND.isa, cell, dtype, form, *sizes, s.projected, head.out_features)
+        sizes, head = s.native(rows, fed if as_gates else s.I), network.head
+        engine = _cpu.Stream(cpp.BACKEND.isa, cell, dtype, form, *sizes, head.out_features)
         bias = None if head.bias is None else head.bias.detach().to(wide).contiguous()
         if not engine.pack(*flat, head.weight.detach().to(_kept(self.dtype)).contiguous(), bias, None):
             raise TypeError("generate: weights without numbers to read (of a transform or a trace?)")
