@@ -346,7 +346,7 @@ def test_cells_that_torch_does_not_have(kind: str, embedding: str, engine: str) 
         value.uniform_(0.5, 0.9) if name.startswith("bn_var") else value.normal_(std=0.5)
     made = (None if embedding == "one-hot" else nn.Embedding(V, I).double(), rnn.eval(), nn.Linear(H, V).double())
     prompt = torch.randint(V, (4, 3))
-    with torch.no_grad():
+    with torch.no_grad(), rnnkern.use_backend("reference"):
         state = rnn(torch.randn(5, 4, I).double())[1]
     for chosen in ({}, {"do_sample": True, "top_k": 9}, {"num_beams": 3, "eos_token_id": 7}):
         for begin in (None, state):
