@@ -115,14 +115,15 @@ struct StreamShape {
   DType dtype = DType::f32;  // of inputs, outputs and h; f64 only with whole weights
   Form form = Form::whole;
   int64_t layers = 0, B = 0, I = 0, H = 0, P = 0;  // I 0: the first layer's input comes as gates
+  int64_t groups = 1;                              // of hidden units that see of h their own alone; 1 if projected
   int64_t V = 0;                                   // outputs of a linear head on the last layer; 0: there is none
   bool projected = false;
 };
 
-// One layer as the caller has it, contiguous: weights in the form's type, biases in the accumulation dtype, or null; so
-// w_hh [G*H] of a diagonal recurrence.
+// One layer as the caller has it, contiguous, group by group: weights in the form's type, biases in the accumulation
+// dtype, or null; so w_hh [G*H] of a diagonal recurrence.
 struct StreamLayer {
-  const void *w_ih = nullptr, *w_hh = nullptr, *w_hr = nullptr;   // [G*H, I], [G*H, P], [P, H]
+  const void *w_ih = nullptr, *w_hh = nullptr, *w_hr = nullptr;   // [G*H, I], [G*H, P / groups], [P, H]
   const void *b_ih = nullptr, *b_hh = nullptr;                    // [G*H]
   const float *s_ih = nullptr, *s_hh = nullptr, *s_hr = nullptr;  // [rows], for int8
 };
@@ -151,7 +152,10 @@ class Stepper {
   virtual ~Stepper() = default;
   virtual void pack(const StreamLayer* layers, const StreamHead& head) = 0;
   virtual void run(const StreamCall& call) = 0;
-  virtual void read(int state, void* to) const = 0;                            // [layers, B, width] in the dtype
+
+  // States by number, h first: [layers, B, width] in the dtype.
+  virtual int states() const = 0;
+  virtual void read(int state, void* to) const = 0;
   virtual void write(int state, const void* from, const uint8_t* active) = 0;  // from null: zero
 
   virtual void select(const int64_t* from) = 0;  // [B]: every row's states become those of another

@@ -10,6 +10,7 @@ namespace rnnkern {
 inline int64_t gates(const StreamShape& s) {
   switch (s.cell) {
     case Cell::lstm:
+    case Cell::slstm:
       return 4 * s.H;
     case Cell::gru:
       return 3 * s.H;

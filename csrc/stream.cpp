@@ -165,7 +165,7 @@ PyObject* pack(PyObject* self, PyObject* const* args, Py_ssize_t count) {
       Py_RETURN_FALSE;
     if (diagonal(s)) {  // a vector, kept as the biases are
       if (!address(args[1], sums, &rows, 1, &l.w_hh) || !l.w_hh) Py_RETURN_FALSE;
-    } else if (!weights(args[1], rows, s.P, &l.w_hh) || !scales(args[6], rows, &l.s_hh)) {
+    } else if (!weights(args[1], rows, s.P / s.groups, &l.w_hh) || !scales(args[6], rows, &l.s_hh)) {
       Py_RETURN_FALSE;
     }
     if (s.projected && (!weights(args[4], s.P, s.H, &l.w_hr) || !scales(args[7], s.P, &l.s_hr))) Py_RETURN_FALSE;
@@ -289,50 +289,60 @@ PyObject* generate(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   }
 }
 
-// read(h, c) -> whether they fit: [layers, B, width], c only of LSTM
+// The addresses of all states, [layers, B, width] each; whether they fit.
+bool addresses(Object* o, PyObject* const* args, void** data) {
+  const StreamShape& s = o->shape;
+  for (int k = 0; k < o->stepper->states(); k++) {
+    const int64_t sizes[] = {s.layers, s.B, k ? s.H : s.P};
+    View view;
+    if (!view.open(args[k]) || !view.is(s.dtype, sizes, 3)) return false;
+    data[k] = view.data();
+  }
+  return true;
+}
+
+// read(*states) -> whether they fit
 PyObject* read(PyObject* self, PyObject* const* args, Py_ssize_t count) {
-  if (!arguments("read", 2, count)) return nullptr;
-  const StreamShape& s = own(self)->shape;
-  const int64_t h_sizes[] = {s.layers, s.B, s.P}, c_sizes[] = {s.layers, s.B, s.H};
-  bool two = s.cell == Cell::lstm;
-  View h, c;
-  if (!h.open(args[0]) || !h.is(s.dtype, h_sizes, 3)) Py_RETURN_FALSE;
-  if (two && (!c.open(args[1]) || !c.is(s.dtype, c_sizes, 3))) Py_RETURN_FALSE;
+  Object* o = own(self);
+  void* data[kMaxStates];
+  if (!arguments("read", o->stepper->states(), count)) return nullptr;
+  if (!addresses(o, args, data)) Py_RETURN_FALSE;
   Turn turn(self);
   if (!turn) return nullptr;
-  own(self)->stepper->read(0, h.data());
-  if (two) own(self)->stepper->read(1, c.data());
+  for (int k = 0; k < count; k++) o->stepper->read(k, data[k]);
   Py_RETURN_TRUE;
 }
 
-// write(h, c, rows) -> whether they fit; None for zero
+// write(rows, *states) -> whether they fit; without states: zero
 PyObject* write(PyObject* self, PyObject* const* args, Py_ssize_t count) {
-  if (!arguments("write", 3, count)) return nullptr;
-  const StreamShape& s = own(self)->shape;
-  const int64_t h_sizes[] = {s.layers, s.B, s.P}, c_sizes[] = {s.layers, s.B, s.H};
-  const void *h = nullptr, *c = nullptr;
+  Object* o = own(self);
+  const int states = o->stepper->states();
+  void* data[kMaxStates] = {};
   const uint8_t* active;
-  if (!address(args[0], s.dtype, h_sizes, 3, &h) || !address(args[1], s.dtype, c_sizes, 3, &c)) Py_RETURN_FALSE;
+  if (count != 1 && !arguments("write", 1 + states, count)) return nullptr;
+  if (count > 1 && !addresses(o, args + 1, data)) Py_RETURN_FALSE;
   Turn turn(self);
   if (!turn) return nullptr;
-  if (!choose_rows(own(self), args[2], &active)) Py_RETURN_FALSE;
-  own(self)->stepper->write(0, h, active);
-  if (s.cell == Cell::lstm) own(self)->stepper->write(1, c, active);
+  if (!choose_rows(o, args[0], &active)) Py_RETURN_FALSE;
+  for (int k = 0; k < states; k++) o->stepper->write(k, data[k], active);
   Py_RETURN_TRUE;
 }
 
-// Stream(isa, cell, dtype, form, layers, B, I, H, P, projected, V=0): nothing packed yet, states zero.
+// Stream(isa, cell, dtype, form, layers, B, I, H, P, groups, projected, V=0): nothing packed yet, states zero.
 PyObject* create(PyTypeObject* type, PyObject* args, PyObject*) {
   const char* isa;
   int cell, dtype, form, projected;
   StreamShape s;
-  long long layers, B, I, H, P, V = 0;
-  if (!PyArg_ParseTuple(args, "siiiLLLLLp|L", &isa, &cell, &dtype, &form, &layers, &B, &I, &H, &P, &projected, &V))
+  long long layers, B, I, H, P, groups, V = 0;
+  if (!PyArg_ParseTuple(args, "siiiLLLLLLp|L", &isa, &cell, &dtype, &form, &layers, &B, &I, &H, &P, &groups, &projected,
+                        &V))
     return nullptr;
   s.cell = Cell(cell), s.dtype = DType(dtype), s.form = Form(form), s.projected = projected != 0;
-  s.layers = layers, s.B = B, s.I = I, s.H = H, s.P = P, s.V = V;
+  s.layers = layers, s.B = B, s.I = I, s.H = H, s.P = P, s.groups = groups, s.V = V;
   if (s.dtype == DType::f64 && s.form != Form::whole)
     return PyErr_Format(PyExc_ValueError, "float64 has whole weights only");
+  if (groups < 1 || H % groups || (groups > 1 && P != H))
+    return PyErr_Format(PyExc_ValueError, "%lld groups of %lld hidden units and %lld outputs", groups, H, P);
   if (!bound()) return PyErr_Format(PyExc_RuntimeError, "bind was not called");
   PyObject* self = type->tp_alloc(type, 0);
   if (!self) return nullptr;
@@ -342,7 +352,7 @@ PyObject* create(PyTypeObject* type, PyObject* args, PyObject*) {
   new (&o->active) std::vector<uint8_t>();
   new (&o->busy) std::atomic_flag();
   o->busy.clear();
-  o->long_steps = s.layers * s.B * gates(s) * (s.P + (s.layers > 1 ? s.P : s.I)) > kLong;
+  o->long_steps = s.layers * s.B * gates(s) * (s.P / s.groups + (s.layers > 1 ? s.P : s.I)) > kLong;
   try {
     o->active.reserve(s.B);
     o->kernels = &choose_kernels(isa);

@@ -68,8 +68,8 @@ def generate(
             * ``(embedding, rnn, head)``. The embedding is a :class:`torch.nn.Embedding`, a :class:`torch.nn.Linear`
               that reads one-hot vectors, None for a network that reads them itself, all three in native code, or
               anything that makes `(N, H_in)` of tokens `(N)`. The network is an RNN, LSTM or GRU of torch.nn or
-              rnnkern, or an MGU, IndRNN or LiGRU, in one direction. The head is a :class:`torch.nn.Linear`, or
-              anything that makes logits `(N, V)` of `(N, H_out)`.
+              rnnkern, or an MGU, IndRNN, LiGRU or SLSTM, in one direction. The head is a :class:`torch.nn.Linear`,
+              or anything that makes logits `(N, V)` of `(N, H_out)`.
             * a :class:`rnnkern.seq2seq.Decoder`, with `state`. The source that its attention reads comes with that;
               the beams of a row share it.
             * a function of tokens `(N)` and a state that returns logits `(N, V)` and the next state. For beam search

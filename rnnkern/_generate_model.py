@@ -8,11 +8,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rnnkern.beyond import MGU, IndRNN, LiGRU
+from rnnkern.beyond import MGU, SLSTM, IndRNN, LiGRU
 from rnnkern.convert import PAIRS
 from rnnkern.seq2seq import Decoder, DecoderState, Seq2Seq
 
-RECURRENT = (*(kind for pair in PAIRS for kind in pair if not issubclass(kind, nn.RNNCellBase)), MGU, IndRNN, LiGRU)
+RECURRENT = (
+    *(kind for pair in PAIRS for kind in pair if not issubclass(kind, nn.RNNCellBase)),
+    *(MGU, IndRNN, LiGRU, SLSTM),
+)
 
 
 @dataclass(frozen=True)
@@ -151,7 +154,7 @@ def steps_of(model: Any, state: Any) -> tuple[Steps, Any]:
             raise ValueError(f"generate: expected (embedding, rnn, head), got a tuple of {len(model)}")
         if not isinstance(model[1], RECURRENT):
             raise TypeError(
-                "generate: expected an RNN, LSTM, GRU, MGU, IndRNN or LiGRU between the two, got "
+                "generate: expected an RNN, LSTM, GRU, MGU, IndRNN, LiGRU or SLSTM between the two, got "
                 f"{type(model[1]).__name__}"
             )
         return Network(*model), state

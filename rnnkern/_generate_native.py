@@ -106,8 +106,7 @@ class Plan:
         packed = self._packed(prompt.shape[1] + o.most, N * o.beams)
         engine = packed.engine
         if self.states:
-            given = [s.detach().repeat_interleave(o.beams, 1).contiguous() for s in self.states]
-            engine.write(given[0], given[1] if len(given) > 1 else None, None)
+            engine.write(None, *(s.detach().repeat_interleave(o.beams, 1).contiguous() for s in self.states))
         tokens, counts = torch.full((N, o.most), o.pad), torch.empty(N, dtype=torch.int64)
         scores = torch.empty(N, dtype=torch.float64) if o.beams > 1 else None
         stops = torch.tensor(o.stops) if o.stops else None
@@ -144,7 +143,7 @@ class Plan:
         made_for = (cpp.BACKEND.isa, s, self.dtype, rows, fed)
         last = _LAST.pop(network.rnn, None)
         if last is not None and last.serves(made_for, as_gates, weights):
-            last.engine.write(None, None, None)
+            last.engine.write(None)
             return last
 
         copies = [None if w is None else w.clone() for w in weights]
@@ -158,8 +157,8 @@ class Plan:
             table = copies[len(flat)]
         form = _stream.FORMS["bf16" if self.dtype == torch.bfloat16 else None]
         cell, dtype = cpp.CELL_NUMBERS[s.cell], cpp.DTYPE_NUMBERS[self.dtype]
-        sizes = (s.layers, rows, fed if as_gates else s.I, s.H, s.P)
-        engine = _cpu.Stream(cpp.BACKEND.isa, cell, dtype, form, *sizes, s.projected, head.out_features)
+        sizes = s.native(rows, fed if as_gates else s.I)
+        engine = _cpu.Stream(cpp.BACKEND.isa, cell, dtype, form, *sizes, head.out_features)
         bias = None if bias is None else bias.to(wide).contiguous()
         if not engine.pack(*flat, head.weight.detach().to(_kept(self.dtype)).contiguous(), bias, None):
             raise TypeError("generate: weights without numbers to read (of a transform or a trace?)")

@@ -13,11 +13,11 @@ from rnnkern import _call, dispatch
 from rnnkern._options import PLAIN, Extended, Options
 from rnnkern._stack import Stack
 from rnnkern.backends.base import accumulation_dtype
-from rnnkern.beyond import MGU, IndRNN, LiGRU
+from rnnkern.beyond import MGU, SLSTM, IndRNN, LiGRU
 from rnnkern.cells import CELLS
 from rnnkern.convert import PAIRS
 
-KINDS = (*(theirs for theirs, _ in PAIRS), MGU, IndRNN, LiGRU)
+KINDS = (*(theirs for theirs, _ in PAIRS), MGU, IndRNN, LiGRU, SLSTM)
 FORWARDS = [kind.forward for kind in (*KINDS, *(ours for _, ours in PAIRS))]
 FORMS = {None: 0, "bf16": 1, "int8": 2}  # how weights are kept; the numbers are csrc/api.h's
 WIDEST = 1 << 16  # along a sum of int8: more might not fit the 32 bits that csrc/generic/forms-inl.h adds them up in
@@ -35,6 +35,7 @@ class Shape:
     is_cell: bool  # a module of one step: states without layers
     batch_first: bool
     options: Options = PLAIN  # those that count in evaluation
+    heads: int = 0  # the first dimension of every weight; 0: they have none
 
     @property
     def suffix(self) -> str:
@@ -77,12 +78,18 @@ class Shape:
             cell = "lstm" if kind.__name__.startswith("LSTM") else "gru"
         P = 0 if is_cell else m.proj_size
         layers, batch_first = (1, False) if is_cell else (m.num_layers, m.batch_first)
-        return cls(cell, layers, m.input_size, m.hidden_size, P or m.hidden_size, is_cell, batch_first, options)
+        sizes = m.input_size, m.hidden_size, P or m.hidden_size
+        heads = m.num_heads if isinstance(m, SLSTM) else 0
+        return cls(cell, layers, *sizes, is_cell, batch_first, options, heads)
 
     def sizes(self, B: int) -> tuple[tuple[int, int, int], ...]:
         """Of the states."""
-        h, c = (self.layers, B, self.P), (self.layers, B, self.H)
-        return (h, c) if self.cell == "lstm" else (h,)
+        widths = self.P, *[self.H] * (len(CELLS[self.cell].states) - 1)
+        return tuple((self.layers, B, width) for width in widths)
+
+    def native(self, B: int, I: int) -> tuple[int, ...]:
+        """As csrc/stream.cpp takes them; `I` of the first layer."""
+        return self.layers, B, I, self.H, self.P, self.heads or 1, self.projected
 
 
 def quantized(w: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,11 +103,12 @@ def quantized(w: Tensor) -> tuple[Tensor, Tensor]:
 def snapshot(
     module: torch.nn.Module, shape: Shape, dtype: torch.dtype, form: str | None, *, copy: bool = True
 ) -> list[Tensor | None]:
-    """w_ih, w_hh, b_ih, b_hh, w_hr and the weights' scales of every layer, as csrc/stream.cpp packs them.
+    """w_ih, w_hh, b_ih, b_hh, w_hr and the weights' scales of every layer, as csrc/stream.cpp packs them: one head's
+    below the other's.
 
     After those of a layer come the parameters of its options. Without `copy` they may be the module's own.
     """
-    spec, extra = CELLS[shape.cell], shape.options.extra(shape.cell)
+    spec, extra, heads = CELLS[shape.cell], shape.options.extra(shape.cell), shape.heads
     wide, flat = accumulation_dtype(dtype), []
     kept = torch.bfloat16 if form == "bf16" or dtype == torch.bfloat16 else wide
     for k in range(shape.layers):
@@ -115,10 +123,14 @@ def snapshot(
         biases = [get("bias_ih"), get("bias_hh")]
         found = [None if w is None else tuple(w.shape) for w in (*weights, *biases)]
         tall = len(spec.gates) * shape.H
-        recurrent = spec.recurrent_shape(shape.H, shape.P)
+        recurrent = spec.recurrent_shape(shape.H, shape.P // (heads or 1))
         sizes = [(tall, shape.P if k else shape.I), recurrent, (shape.P, shape.H), (tall,), (tall,)]
+        if heads:
+            sizes = [(heads, rows // heads, *rest) for rows, *rest in sizes]
         if None in found[:2] or any(f not in (None, size) for f, size in zip(found, sizes, strict=True)):
             raise RuntimeError(f"Stream: expected weights of shapes {sizes} in layer {k}, got {found}")
+        if heads:
+            weights, biases = ([t if t is None else t.flatten(0, 1) for t in part] for part in (weights, biases))
         if isinstance(module, LiGRU) and module.batch_norm:
             weights[0], biases[0] = module._folded(suffix, wide)
         scales: list[Tensor | None] = [None, None, None]
@@ -180,7 +192,8 @@ class Functional:
                 zero = torch.zeros_like(b_hh if b_ih is None else b_ih)  # type: ignore[arg-type]
                 b_ih, b_hh = (zero if b is None else b for b in (b_ih, b_hh))
             biases = [None if b is None else b.to(self.dtype) for b in (b_ih, b_hh)]
-            weights += [w for w in (*matrices[:2], *biases, matrices[2], *extra) if w is not None]
+            found = [w for w in (*matrices[:2], *biases, matrices[2], *extra) if w is not None]
+            weights += [w.unflatten(0, (self.shape.heads, -1)) for w in found] if self.shape.heads else found
         with self:
             self.weights = weights
         return True
@@ -208,15 +221,14 @@ class Functional:
             y.copy_(found.transpose(0, 1) if batch_first else found)
         return True
 
-    def read(self, *to: Tensor | None) -> bool:
+    def read(self, *to: Tensor) -> bool:
         with self:
-            for tensor, state in zip(to, self.states, strict=False):
-                if tensor is not None:
-                    tensor.copy_(state)
+            for tensor, state in zip(to, self.states, strict=True):
+                tensor.copy_(state)
         return True
 
-    def write(self, h: Tensor | None, c: Tensor | None, rows: Tensor | None) -> bool:
-        new = tuple(zero if s is None else s.clone() for zero, s in zip(self._zeros(), (h, c), strict=False))
+    def write(self, rows: Tensor | None, *states: Tensor) -> bool:
+        new = tuple(s.clone() for s in states) or self._zeros()
         with self:
             if rows is not None:
                 keep = rows.to(self.device).unsqueeze(1)
@@ -230,6 +242,6 @@ class Functional:
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False), dispatch.use_backend(self.backend):
             y, states, _ = _call.run(
                 s.cell, x, self.states, self.weights, bias, s.layers, 0.0, False, False, False, None, None, None, None,
-                False, "save", s.options,
+                False, "save", s.options, None, s.heads,
             )  # fmt: skip
         return y, states

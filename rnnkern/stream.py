@@ -12,7 +12,7 @@ from rnnkern import _checks, _fast, _stream, dispatch
 from rnnkern._options import PLAIN
 
 Rows = Tensor | Sequence[int] | Sequence[bool]
-State = Tensor | tuple[Tensor, Tensor]
+State = Tensor | tuple[Tensor, ...]
 
 
 class Stream:
@@ -23,9 +23,10 @@ class Stream:
     running estimates) without gradients. Weights that change in the module later do not matter until :meth:`refresh`.
 
     Args:
-        module: an RNN, LSTM, GRU, RNNCell, LSTMCell or GRUCell of torch.nn or rnnkern, or an MGU, IndRNN or LiGRU; not
-            bidirectional, without forward hooks. Any number of layers, `proj_size`, with or without bias. With
-            rnnkern's options too, as they are in evaluation: `zoneout` is its fixed mixture, dropouts are none.
+        module: an RNN, LSTM, GRU, RNNCell, LSTMCell or GRUCell of torch.nn or rnnkern, or an MGU, IndRNN, LiGRU or
+            SLSTM; not bidirectional, without forward hooks. Any number of layers and heads, `proj_size`, with or
+            without bias. With rnnkern's options too, as they are in evaluation: `zoneout` is its fixed mixture,
+            dropouts are none.
         batch_size: number of streams that run side by side, each with states of its own. Default: 1
         dtype: dtype of inputs, outputs and states. Default: that of the module's weights
         weights: how the weight matrices are kept: ``None`` as in `dtype`; ``"bf16"``; ``"int8"``, symmetric with a
@@ -104,8 +105,7 @@ class Stream:
 
         form = _stream.FORMS["bf16" if self.dtype == torch.bfloat16 and self._weights is None else self._weights]
         cell, dtype = cpp.CELL_NUMBERS[s.cell], cpp.DTYPE_NUMBERS[self.dtype]
-        sizes = (s.layers, self.batch_size, s.I, s.H, s.P)
-        return _cpu.Stream(cpp.BACKEND.isa, cell, dtype, form, *sizes, s.projected)
+        return _cpu.Stream(cpp.BACKEND.isa, cell, dtype, form, *s.native(self.batch_size, s.I))
 
     def __repr__(self) -> str:
         return (
@@ -186,20 +186,20 @@ class Stream:
 
     def reset(self, rows: Rows | None = None) -> None:
         """Sets the states of all rows, or of those that `rows` names as in :meth:`step`, to zero."""
-        self._engine.write(None, None, self._mask(rows))
+        self._engine.write(self._mask(rows))
 
     @property
     def state(self) -> State:
         """A copy of the states as the module takes them in `hx`; assigning sets them, None to zero.
 
-        In bfloat16 and float16 an LSTM keeps `c` in float32 from step to step: rounded here.
+        In bfloat16 and float16 all states but `h` are kept in float32 from step to step: rounded here.
         """
         sizes = self._shape.sizes(self.batch_size)
         states = [torch.empty(size, dtype=self.dtype, device=self.device) for size in sizes]
-        self._engine.read(states[0], states[1] if len(states) == 2 else None)
+        self._engine.read(*states)
         if self._shape.is_cell:
             states = [s.squeeze(0) for s in states]
-        return (states[0], states[1]) if len(states) == 2 else states[0]
+        return tuple(states) if len(states) > 1 else states[0]
 
     @state.setter
     def state(self, value: State | None) -> None:
@@ -211,8 +211,7 @@ class Stream:
             raise ValueError(f"Stream: expected a state of {len(sizes)} tensors, got {len(states)}")
         for state, size in zip(states, sizes, strict=True):
             self._expect(state, size[1:] if self._shape.is_cell else size, "state")
-        plain = [_plain(s).view(size) for s, size in zip(states, sizes, strict=True)]
-        self._engine.write(plain[0], plain[1] if len(plain) == 2 else None, None)
+        self._engine.write(None, *(_plain(s).view(size) for s, size in zip(states, sizes, strict=True)))
 
     def _expect(self, value: Any, size: tuple[int, ...], name: str) -> None:
         if not isinstance(value, Tensor):

@@ -326,22 +326,36 @@ def test_native_beams_are_those_of_python(cell: str) -> None:
         torch.testing.assert_close(found[0].scores, found[1].scores)
 
 
-@pytest.mark.parametrize("kind", ["MGU", "IndRNN", "LiGRU"])
-@pytest.mark.parametrize("embedding", ["embedding", "one-hot"])
+OTHERS: dict[str, tuple[str, int, dict[str, Any]]] = {  # class, hidden size, further arguments
+    "mgu": ("MGU", 17, {}),
+    "indrnn": ("IndRNN", 17, {}),
+    "ligru": ("LiGRU", 17, {}),
+    "slstm": ("SLSTM", 17, {}),
+    "slstm_heads": ("SLSTM", 57, {"num_heads": 3}),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("embedding", ["embedding", "one-hot", "many"])
 def test_cells_that_torch_does_not_have(kind: str, embedding: str, engine: str) -> None:
     """With what all others are tested with: written, drawn and searched as the network's own steps do it."""
-    rnn = getattr(rnnkern, kind)(6 if embedding == "embedding" else 40, 17, 2).double()
+    name, H, options = OTHERS[kind]
+    V, I = 300 if embedding == "many" else 40, 40 if embedding == "one-hot" else 6
+    rnn = getattr(rnnkern, name)(I, H, 2, **options).double()
     for name, value in rnn.state_dict().items():
         value.uniform_(0.5, 0.9) if name.startswith("bn_var") else value.normal_(std=0.5)
-    made = (nn.Embedding(40, 6).double() if embedding == "embedding" else None, rnn.eval(), nn.Linear(17, 40).double())
-    prompt = torch.randint(40, (4, 3))
+    made = (None if embedding == "one-hot" else nn.Embedding(V, I).double(), rnn.eval(), nn.Linear(H, V).double())
+    prompt = torch.randint(V, (4, 3))
+    with torch.no_grad(), rnnkern.use_backend("reference"):
+        state = rnn(torch.randn(5, 4, I).double())[1]
     for chosen in ({}, {"do_sample": True, "top_k": 9}, {"num_beams": 3, "eos_token_id": 7}):
-        found = []
-        for backend in ("reference", "cpp" if engine != "python" else "numba"):
-            with rnnkern.use_backend(backend):
-                torch.manual_seed(3)
-                found.append(written(generate(made, prompt, 15, **chosen)))
-        assert found[0] == found[1], chosen
+        for begin in (None, state):
+            found = []
+            for backend in ("reference", "cpp" if engine != "python" else "numba"):
+                with rnnkern.use_backend(backend):
+                    torch.manual_seed(3)
+                    found.append(written(generate(made, prompt, 15, state=begin, **chosen)))
+            assert found[0] == found[1], chosen
 
 
 # ---- other models ----------------------------------------------------------------------------------------------------

@@ -29,6 +29,12 @@ def ligru(*args: Any, **kwargs: Any) -> nn.Module:
     return module.eval()
 
 
+def slstm(I: int, H: int, *args: Any, **kwargs: Any) -> nn.Module:
+    """With two heads where H is even; of 1, 11 or 25 units for the sizes below."""
+    heads = next((d for d in range(2, H + 1) if H % d == 0), 1)
+    return rnnkern.SLSTM(I, H, *args, num_heads=heads, **kwargs)
+
+
 CELLS: dict[str, Callable[..., nn.Module]] = {
     "rnn_tanh": nn.RNN,
     "rnn_relu": lambda *a, **k: nn.RNN(*a, nonlinearity="relu", **k),
@@ -39,6 +45,8 @@ CELLS: dict[str, Callable[..., nn.Module]] = {
     "indrnn_tanh": lambda *a, **k: rnnkern.IndRNN(*a, nonlinearity="tanh", **k),
     "indrnn_relu": rnnkern.IndRNN,
     "ligru": ligru,
+    "slstm": rnnkern.SLSTM,
+    "slstm_heads": slstm,
 }
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 cells = pytest.mark.parametrize("cell", CELLS)
@@ -97,8 +105,8 @@ def kept(module: nn.Module, form: str | None) -> nn.Module:
         elif "weight" in name and form == "bf16":
             value = p.detach().bfloat16().double()
         elif "weight" in name:
-            q, scale = _stream.quantized(p.detach())
-            value = q.double() * scale.double().unsqueeze(1)
+            q, scale = _stream.quantized(p.detach().flatten(0, -2))  # heads below each other
+            value = (q.double() * scale.double().unsqueeze(1)).view_as(p)
         rounded[name] = value
     module.double().load_state_dict(rounded)
     return module
@@ -309,6 +317,18 @@ def test_state_of_a_cell_has_no_layers(engine: str) -> None:
     assert torch.equal(stream.state[0], c) and torch.equal(stream.state[1], h)
 
 
+def test_states_of_another_number_are_refused(engine: str) -> None:
+    zeros = torch.zeros(1, 3, 20)
+    for module, wanted, given in (
+        (nn.GRU(6, 20), 1, (zeros, zeros)),
+        (nn.LSTM(6, 20), 2, zeros),
+        (rnnkern.SLSTM(6, 20), 4, (zeros, zeros)),
+    ):
+        stream = Stream(module, 3)
+        with pytest.raises(ValueError, match=f"expected a state of {wanted} tensors, got {len(flat(given))}"):
+            stream.state = given
+
+
 @pytest.mark.parametrize("form", [None, "bf16", "int8"])
 def test_weights_are_a_snapshot(form: str | None, engine: str) -> None:
     module, x = nn.LSTM(6, 20, 2), torch.randn(3, 2, 6)
@@ -403,13 +423,43 @@ def test_a_sum_of_int8_as_long_as_may_be(engine: str) -> None:
         agree(Stream(module, weights="int8"), module, x, "int8", "long")
 
 
+# ---- heads ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", [None, "bf16", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_heads_of_every_width(form: str | None, dtype: torch.dtype, engine: str) -> None:
+    for heads, width in ((2, 3), (1, 16), (3, 16), (5, 40), (2, 64)):
+        module = rnnkern.SLSTM(5, heads * width, 2, num_heads=heads).to(dtype)
+        agree(Stream(module, 3, weights=form), module, torch.randn(4, 3, 5).to(dtype), form, f"{heads} of {width}")
+
+
+@pytest.mark.parametrize("form", [None, "bf16", "int8"])
+def test_a_head_sees_nothing_of_others(form: str | None, engine: str) -> None:
+    """Not even NaN, which no weight of 0 would keep away."""
+    for heads, width in ((4, 5), (2, 17)):
+        module, x = rnnkern.SLSTM(6, heads * width, num_heads=heads), torch.randn(3, 2, 6)
+        clean, strange = Stream(module, 2, weights=form), Stream(module, 2, weights=form)
+        for stream in (clean, strange):
+            stream.step(x[0])
+        h, *rest = strange.state
+        h[..., width : 2 * width] = float("nan")
+        strange.state = (h, *rest)
+        for row in x[1:]:
+            wanted, found = (stream.step(row).unflatten(1, (heads, width)) for stream in (clean, strange))
+            assert found[:, 1].isnan().all()
+            others = [k for k in range(heads) if k != 1]
+            assert torch.equal(found[:, others], wanted[:, others])
+
+
 # ---- threads --------------------------------------------------------------------------------------------------------
 
 
-def test_streams_in_threads_of_their_own(engine: str) -> None:
+@pytest.mark.parametrize("cell", ["lstm", "slstm_heads"])
+def test_streams_in_threads_of_their_own(cell: str, engine: str) -> None:
     """Large enough to let go of Python's lock, and small."""
     for H in (16, 512 if engine != "reference" else 32):
-        module, x = nn.LSTM(H, H), torch.randn(5, 2, H)
+        module, x = CELLS[cell](H, H), torch.randn(5, 2, H)
         want = outputs(Stream(module, 2), x)
         streams = [Stream(module, 2) for _ in range(4)]
         found: list[list[Tensor]] = []
@@ -497,7 +547,6 @@ def test_other_bad_calls(engine: str) -> None:
             stream.run(x)
     zeros = torch.zeros(1, 3, 20)
     for state, message in (
-        (zeros, "expected a state of 2 tensors, got 1"),
         ((zeros, zeros[:, :2]), r"expected state of shape \[1, 3, 20\], got \[1, 2, 20\]"),
         ((zeros, zeros.double()), "dtype torch.float32, got torch.float64"),
     ):

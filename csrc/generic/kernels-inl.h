@@ -24,6 +24,7 @@
 #include "rows-inl.h"
 #include "forms-inl.h"
 #include "stored-inl.h"
+#include "logits-inl.h"
 #include "stream-inl.h"
 #include "attention-inl.h"
 // clang-format on

@@ -207,8 +207,9 @@ static void packed_rows(int64_t rows, const typename M::A* const* a, const typen
                         const typename M::W* next, int64_t steps, const typename M::CT* start, typename M::CT* out) {
   if constexpr (M::kTiles)
     if (rows >= kTileRows) return tiled_rows<NV>(rows, a[0], a[1] - a[0], panel, steps, start, out);
+  if (rows <= max_rows(NV)) return packed_tile<M, NV>(int(rows), a, 0, panel, steps, start, 0, out, next);
   constexpr int64_t n = Simd<typename M::CT>::n, kDepth = 512;
-  int64_t tiles = ceil_div(rows, max_rows(NV)), depth = tiles > 1 && steps > 2 * kDepth ? kDepth : steps;
+  int64_t tiles = ceil_div(rows, max_rows(NV)), depth = steps > 2 * kDepth ? kDepth : steps;
   for (int64_t k = 0; k < steps; k += depth) {
     int64_t some = steps - k < depth ? steps - k : depth;
     const typename M::W *piece = panel + k * NV * n, *ahead = k + depth < steps ? piece + depth * NV * n : next;

@@ -4,6 +4,8 @@
 // A row of a layer is [x, h], as the products take it, and their weights lie side by side in the panels: one product
 // over both where a gate takes their sum. The panels' layout is that of product-inl.h. Only step_row is compiled for
 // each cell; all else knows of it what CellTraits has, at run time.
+//
+// A group of hidden units that see of h their own alone is a layer of its own, beside those that read the same x.
 
 struct CellTraits {
   int gates, states;
@@ -38,12 +40,13 @@ class Stream final : public Stepper, Stored<typename M::CT> {
   enum { kInput, kHidden, kProjection };
 
   struct Layer {
+    int64_t first = 0;                 // of its gates, among those of all groups
     int64_t I = 0, h = 0, stride = 0;  // of a row: x, where h begins, all
     Matrix part[3];
     Owned<W> gates, hr;  // [panel][steps of x, then of h][vectors][n]
     Owned<A> row;
-    Owned<CT> c;
-    Owned<CT> own;  // [block][G][n] of a diagonal recurrence, which has no panels of h
+    Owned<CT> rest;  // [B][states beyond h][block][n]
+    Owned<CT> own;   // [block][G][n] of a diagonal recurrence, which has no panels of h
     int64_t steps() const { return part[kInput].steps + part[kHidden].steps; }
   };
   struct Layers {
@@ -53,18 +56,21 @@ class Stream final : public Stepper, Stored<typename M::CT> {
   };
 
  public:
-  explicit Stream(const StreamShape& s) : Io(s.dtype), s_(s), layers_(s.layers) {
+  explicit Stream(const StreamShape& s) : Io(s.dtype), s_(s), layers_(s.layers * s.groups) {
     choose_cell();
     const int G = cell_.gates;
     units_ = units_in_panel(G);
     joined_ = !cell_.split && !M::kScaled;
-    blocks_ = ceil_div(s.H, n);
-    out_blocks_ = ceil_div(s.P, n);
-    m_stride_ = (blocks_ + 1) * n;
-    for (int64_t k = 0; k < s.layers; k++) {
+    H_ = s.H / s.groups, P_ = s.P / s.groups;
+    blocks_ = ceil_div(H_, n);
+    out_blocks_ = ceil_div(P_, n);
+    rest_stride_ = (cell_.states - 1) * blocks_ * n;
+    m_stride_ = (ceil_div(s.H, n) + 1) * n;
+    for (int64_t k = 0; k < s.layers * s.groups; k++) {
       Layer& l = layers_.layer[k];
-      l.I = k ? s.P : s.I;
-      const int64_t sums[] = {l.I, cell_.diagonal ? 0 : s.P, s.H},
+      l.first = k % s.groups * G * H_;
+      l.I = k < s.groups ? s.I : s.P;
+      const int64_t sums[] = {l.I, cell_.diagonal ? 0 : P_, H_},
                     columns[] = {blocks_ * G * n, blocks_ * G * n, out_blocks_ * n};
       for (int i = 0; i < (s.projected ? 3 : 2); i++) {
         l.part[i].steps = ceil_div(sums[i], M::kPair);
@@ -74,12 +80,12 @@ class Stream final : public Stepper, Stored<typename M::CT> {
         l.part[i].offset.allocate(columns[i]);
       }
       l.h = l.part[kInput].steps * M::kPair;
-      l.stride = (ceil_div(l.h + s.P, n) + 1) * n;  // vectors may reach past the end
+      l.stride = (ceil_div(l.h + P_, n) + 1) * n;  // vectors may reach past the end
       l.gates.allocate(columns[0] * l.steps());
       if (s.projected) l.hr.allocate(columns[2] * l.part[kProjection].steps);
       l.row.allocate(s.B * l.stride);
       if (cell_.diagonal) l.own.allocate(columns[1]);
-      if (cell_.states > 1) l.c.allocate(s.B * blocks_ * n);
+      l.rest.allocate(s.B * rest_stride_);
     }
     if (s.V) {
       const int64_t columns = ceil_div(s.V, n) * n;
@@ -105,9 +111,9 @@ class Stream final : public Stepper, Stored<typename M::CT> {
   }
 
   void pack(const StreamLayer* layers, const StreamHead& head) override {
-    for (int64_t k = 0; k < s_.layers; k++) {
+    for (int64_t k = 0; k < s_.layers * s_.groups; k++) {
       Layer& l = layers_.layer[k];
-      const StreamLayer& from = layers[k];
+      const StreamLayer& from = layers[k / s_.groups];
       for (int64_t b = 0; b < blocks_; b += units_) pack_gates(l, from, b);
       if (s_.projected) pack_wide(l.part[kProjection], l.hr, from.w_hr, s_.P, s_.H, nullptr, from.s_hr);
     }
@@ -122,99 +128,58 @@ class Stream final : public Stepper, Stored<typename M::CT> {
       for (int64_t i = 0; i < count; i++)
         enter(call.x, t * call.x_t + active_[i] * call.x_b, row(layers_.layer[0], i), s_.I);
       for (int64_t k = 0; k < s_.layers; k++) {
-        Layer& l = layers_.layer[k];
-        advance(l, count, k ? nullptr : (const CT* const*)call.gates);
-        for (int64_t i = 0; k + 1 < s_.layers && i < count; i++)
-          copy_columns<A>(row(l, i) + l.h, row(layers_.layer[k + 1], i), {0, s_.P});
+        Layer* groups = at(k);
+        share_x(groups, count);
+        for (int64_t g = 0; g < s_.groups; g++)
+          advance(groups[back_ ? s_.groups - 1 - g : g], count, k ? nullptr : (const CT* const*)call.gates);
+        for (int64_t i = 0; k + 1 < s_.layers && i < count; i++) gather(k, active_[i], row(groups[s_.groups], i));
       }
-      const Layer& last = layers_.layer[s_.layers - 1];
       for (int64_t b = 0; call.y && b < s_.B; b++) {
         int64_t at = t * call.y_t + b * call.y_b;
         if (call.active && !call.active[b])
           zero(call.y, at, s_.P);
         else
-          leave(last.row + b * last.stride + last.h, call.y, at, s_.P);
+          leave_h(s_.layers - 1, b, call.y, at);
       }
       back_ = !back_;
     }
     if (call.logits) read_out((CT*)call.logits, call.read, count);
   }
 
+  int states() const override { return cell_.states; }
+
   void read(int state, void* to) const override {
-    int64_t width = state ? s_.H : s_.P;
-    for (int64_t k = 0; k < s_.layers; k++) {
-      const Layer& l = layers_.layer[k];
-      for (int64_t b = 0; b < s_.B; b++) {
-        int64_t at = (k * s_.B + b) * width;
-        if (state)
-          leave(l.c + b * blocks_ * n, to, at, width);
-        else
-          leave(l.row + b * l.stride + l.h, to, at, width);
-      }
-    }
+    each_state(state, [&](const Layer& l, int64_t b, int64_t at) {
+      if (state)
+        leave(rest(l, b, state), to, at, H_);
+      else
+        leave(l.row + b * l.stride + l.h, to, at, P_);
+    });
   }
 
   void write(int state, const void* from, const uint8_t* active) override {
-    int64_t width = state ? s_.H : s_.P;
-    for (int64_t k = 0; k < s_.layers; k++) {
-      Layer& l = layers_.layer[k];
-      for (int64_t b = 0; b < s_.B; b++) {
-        if (active && !active[b]) continue;
-        int64_t at = (k * s_.B + b) * width;
-        if (state)
-          enter(from, at, l.c + b * blocks_ * n, width);
-        else
-          enter(from, at, l.row + b * l.stride + l.h, width);
-      }
-    }
+    each_state(state, [&](const Layer& l, int64_t b, int64_t at) {
+      if (active && !active[b]) return;
+      if (state)
+        enter(from, at, rest(l, b, state), H_);
+      else
+        enter(from, at, l.row + b * l.stride + l.h, P_);
+    });
   }
 
   void select(const int64_t* from) override {
-    if (!spare_) spare_.allocate(s_.B * (s_.P > s_.H ? s_.P : s_.H) * sizeof(CT));
-    for (int64_t k = 0; k < s_.layers; k++) {
+    if (!spare_) spare_.allocate(s_.B * (P_ > rest_stride_ ? P_ : rest_stride_) * sizeof(CT));
+    for (int64_t k = 0; k < s_.layers * s_.groups; k++) {
       Layer& l = layers_.layer[k];
-      select_rows(l.row + l.h, l.stride, s_.P, from);
-      if (cell_.states > 1) select_rows((CT*)l.c, blocks_ * n, s_.H, from);
+      select_rows(l.row + l.h, l.stride, P_, from);
+      if (cell_.states > 1) select_rows((CT*)l.rest, rest_stride_, rest_stride_, from);
     }
   }
 
-  double highest(const void* logits) const override {
-    const CT* x = (const CT*)logits;
-    typename Simd<CT>::i strange = {};
-    V best = splat(-CT(__builtin_inf()));
-    int64_t j = 0;
-    for (; j + n <= s_.V; j += n) {
-      V one = load(x + j);
-      strange |= one != one;
-      best = at_least(one, best);
-    }
-    CT peak = best[0];
-    for (int i = 0; i < n; i++) {
-      if (strange[i]) return __builtin_nan("");
-      if (best[i] > peak) peak = best[i];
-    }
-    for (; j < s_.V; j++) {
-      if (x[j] != x[j]) return __builtin_nan("");
-      if (x[j] > peak) peak = x[j];
-    }
-    return peak;
-  }
+  double highest(const void* logits) const override { return largest((const CT*)logits, s_.V); }
 
   double odds(const void* logits, double peak, double temperature, void* to) const override {
-    typedef Exp<CT> E;
-    const CT *x = (const CT*)logits, most = sizeof(CT) == 4 ? CT(3e38) : CT(1e300);
-    const CT top = CT(peak), divisor = temperature < 1 / most ? 1 / most : temperature > most ? most : CT(temperature);
-    V sum = {};
-    for (int64_t j = 0; j < s_.V; j += n) {
-      V power = (load(x + j, left(s_.V, j)) - top) / divisor, scale, p;
-      exp_parts<V, CT>(at_least(power, splat(-E::tiny)), &scale, &p);
-      V weight = power < -E::tiny ? V{} : scale * p + scale;
-      store((CT*)to + j, weight, left(s_.V, j));
-      sum += left(s_.V, j) == n ? weight : load((CT*)to + j, left(s_.V, j));
-    }
-    double total = 0;
-    for (int i = 0; i < n; i++) total += sum[i];
-    return total;
+    return odds_of((const CT*)logits, s_.V, peak, temperature, (CT*)to);
   }
 
  private:
@@ -229,7 +194,33 @@ class Stream final : public Stepper, Stored<typename M::CT> {
       if (from[b] != b) __builtin_memcpy(first + b * stride, spare + b * size, size * sizeof(T));
   }
 
+  Layer* at(int64_t k) const { return layers_.layer + k * s_.groups; }  // the groups of a layer
+
   A* row(const Layer& l, int64_t i) const { return l.row + active_[i] * l.stride; }
+
+  CT* rest(const Layer& l, int64_t b, int state) const { return l.rest + b * rest_stride_ + (state - 1) * blocks_ * n; }
+
+  // f(group of a layer, batch row, where its part begins in [layers, B, width])
+  template <class F>
+  RK_INLINE void each_state(int state, F f) const {
+    for (int64_t k = 0; k < s_.layers; k++)
+      for (int64_t b = 0; b < s_.B; b++)
+        for (int64_t g = 0; g < s_.groups; g++) f(at(k)[g], b, ((k * s_.B + b) * s_.groups + g) * (state ? H_ : P_));
+  }
+
+  void leave_h(int64_t k, int64_t b, void* to, int64_t begin) const {
+    for (int64_t g = 0; g < s_.groups; g++) {
+      const Layer& l = at(k)[g];
+      leave(l.row + b * l.stride + l.h, to, begin + g * P_, P_);
+    }
+  }
+
+  void gather(int64_t k, int64_t b, A* to) const {
+    for (int64_t g = 0; g < s_.groups; g++) {
+      const Layer& l = at(k)[g];
+      copy_columns<A>(l.row + b * l.stride + l.h, to + g * P_, {0, P_});
+    }
+  }
 
   // ---- packing -----------------------------------------------------------------------------------------------------
 
@@ -239,13 +230,13 @@ class Stream final : public Stepper, Stored<typename M::CT> {
     W* panel = l.gates + block * G * n * l.steps();
     for (int u = 0; u < units; u++)
       for (int k = 0; k < G; k++) {
-        int64_t j = (block + u) * n, first = k * s_.H + j, end = (k + 1) * s_.H, at = (block * G + u * G + k) * n;
+        int64_t j = (block + u) * n, gate = l.first + k * H_, at = (block * G + u * G + k) * n;
         int v = u * G + k;
-        pack_block(x, (const Kept*)from.w_ih, l.I, (const CT*)from.b_ih, from.s_ih, first, end, at, (Kept*)panel, NV,
-                   v);
-        pack_block(h, (const Kept*)from.w_hh, cell_.diagonal ? 0 : s_.P, (const CT*)from.b_hh, from.s_hh, first, end,
-                   at, (Kept*)(panel + x.steps * NV * n), NV, v);
-        if (cell_.diagonal) store(l.own + at, load((const CT*)from.w_hh + first, left(end, first)));
+        pack_block(x, (const Kept*)from.w_ih, l.I, (const CT*)from.b_ih, from.s_ih, gate + j, gate + H_, at,
+                   (Kept*)panel, NV, v);
+        pack_block(h, (const Kept*)from.w_hh, cell_.diagonal ? 0 : P_, (const CT*)from.b_hh, from.s_hh, gate + j,
+                   gate + H_, at, (Kept*)(panel + x.steps * NV * n), NV, v);
+        if (cell_.diagonal) store(l.own + at, load((const CT*)from.w_hh + gate + j, left(H_, j)));
         if (joined_) store(x.bias + at, load(x.start(at)) + load(h.start(at)));
       }
   }
@@ -308,9 +299,18 @@ class Stream final : public Stepper, Stored<typename M::CT> {
     }
   }
 
+  // The x of a layer, that of its first group, to where all groups read it: before each one's h, or in one place.
+  void share_x(const Layer* groups, int64_t count) {
+    if (!joined_) return set_rows(kInput, count, groups->row, groups->stride, groups->I);
+    for (int64_t g = 1; g < s_.groups; g++)
+      for (int64_t i = 0; i < count; i++) copy_columns<A>(row(groups[0], i), row(groups[g], i), {0, groups->I});
+  }
+
   void advance(Layer& l, int64_t count, const CT* const* gates) {
-    set_rows(kInput, count, l.row, l.stride, l.I);
-    if (!joined_ && !cell_.diagonal) set_rows(kHidden, count, l.row + l.h, l.stride, s_.P);
+    if (joined_)
+      set_rows(kInput, count, l.row, l.stride, l.I);
+    else if (!cell_.diagonal)
+      set_rows(kHidden, count, l.row + l.h, l.stride, P_);
     const Matrix &x = l.part[kInput], &h = l.part[kHidden];
     const int G = cell_.gates;
     Walk walk{{0, blocks_}, units_, back_};  // back and forth: what was read last is still in the nearest cache
@@ -330,31 +330,31 @@ class Stream final : public Stepper, Stored<typename M::CT> {
     if (s_.projected)
       project(l, count);
     else
-      for (int64_t i = 0; i < count; i++) copy_columns<A>(m_ + active_[i] * m_stride_, row(l, i) + l.h, {0, s_.H});
+      for (int64_t i = 0; i < count; i++) copy_columns<A>(m_ + active_[i] * m_stride_, row(l, i) + l.h, {0, H_});
   }
 
   // The gates of one row's hidden units, with what is given of them; h' goes to m, because other blocks still read h.
   template <class Cell>
   void step_row(Layer& l, int64_t i, int64_t block, int units, const CT* given) {
-    constexpr int G = Cell::kGates;
+    constexpr int G = Cell::kGates, K = Cell::kStates;
     constexpr bool kJoined = !Cell::kSplit && !M::kScaled;
     const CT *gx = sums_[0] + i * units * G * n, *gh = sums_[1] + i * units * G * n;
     A* m = m_ + active_[i] * m_stride_;
     for (int u = 0; u < units; u++) {
       int64_t j = (block + u) * n;
-      V x[G], h[G], state[Cell::kStates], plane[Cell::kPlanes];
+      V x[G], h[G], state[K], plane[Cell::kPlanes];
       for (int k = 0; k < G; k++) {
         x[k] = load(gx + (u * G + k) * n);
-        if (given) x[k] += load(given + k * s_.H + j, left(s_.H, j));
+        if (given) x[k] += load(given + l.first + k * H_ + j, left(H_, j));
         h[k] = kJoined ? V{} : load(gh + (u * G + k) * n);
         if (Cell::kDiagonal) h[k] += load(l.own + (j * G + k * n)) * load(row(l, i) + l.h + j);
       }
       if (Cell::kReadsH) state[0] = load(row(l, i) + l.h + j);
-      CT* c = l.c + active_[i] * blocks_ * n + j;
-      if constexpr (Cell::kStates > 1) state[1] = load(c);
+      CT* c = l.rest + active_[i] * rest_stride_ + j;
+      for (int k = 1; k < K; k++) state[k] = load(c + (k - 1) * blocks_ * n);
       Cell::step(x, h, state, plane, NoOptions());
-      if constexpr (Cell::kStates > 1) store(c, state[1]);
-      store(m + j, as_stored(state[0]), left(s_.H, j));
+      for (int k = 1; k < K; k++) store(c + (k - 1) * blocks_ * n, state[k]);
+      store(m + j, as_stored(state[0]), left(H_, j));
     }
   }
 
@@ -366,13 +366,17 @@ class Stream final : public Stepper, Stored<typename M::CT> {
 
   // The head on the last layer's h, or on what is given in its place.
   void read_out(CT* logits, const void* given, int64_t count) {
-    const Layer& last = layers_.layer[s_.layers - 1];
-    for (int64_t i = 0; given && i < count; i++) {
+    const Layer& last = *at(s_.layers - 1);
+    const bool made = given || s_.groups > 1;  // h does not lie in one piece
+    for (int64_t i = 0; made && i < count; i++) {
       A* to = m_ + active_[i] * m_stride_;
-      enter(given, active_[i] * s_.P, to, s_.P);
+      if (given)
+        enter(given, active_[i] * s_.P, to, s_.P);
+      else
+        gather(s_.layers - 1, active_[i], to);
       store(to + s_.P, V{});  // beside a neighbour along the sum
     }
-    if (given)
+    if (made)
       set_rows(kInput, count, m_, m_stride_, s_.P);
     else
       set_rows(kInput, count, last.row + last.h, last.stride, s_.P);
@@ -421,7 +425,7 @@ class Stream final : public Stepper, Stored<typename M::CT> {
       case Cell::ligru:
         return use_cell<LiGru>();
       case Cell::slstm:
-        break;  // Python refuses it
+        return use_cell<SLstm>();
     }
   }
 
@@ -433,7 +437,8 @@ class Stream final : public Stepper, Stored<typename M::CT> {
   Layers layers_;
   Matrix head_;
   Owned<W> head_panels_;
-  int64_t blocks_, out_blocks_, m_stride_;
+  int64_t H_, P_;  // of one group
+  int64_t blocks_, out_blocks_, rest_stride_, m_stride_;
   bool back_ = false;
   Owned<A> m_;             // [B][m_stride_]: h' before the projection
   Owned<CT> sums_[2];      // [B][kWide][n] of one panel: x's, or both, and h's
