@@ -313,11 +313,13 @@ def stack(
 
 def run_cell(
     cell: str, title: str, input: Tensor, hx: States | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None,
-    b_hh: Tensor | None,
+    b_hh: Tensor | None, heads: int = 0, project: Projection | None = None,
 ) -> States:  # fmt: skip
-    """One step of a cell module: (h,) or (h, c). A scan with T=1 on the same backends."""
-    if torch.compiler.is_dynamo_compiling():
-        return _graphs.step(cell, title, input, hx, w_ih, w_hh, b_ih, b_hh)
+    """One step of a cell module: its states after it. A scan with T=1 on the same backends; `heads` and `project` are
+    those of `run`.
+    """
+    if torch.compiler.is_dynamo_compiling() and project is None:
+        return _graphs.step(cell, title, input, hx, w_ih, w_hh, b_ih, b_hh, heads)
     low = _layouts.autocast_dtype(input.device.type)
     batched = input.dim() == 2
     if not batched:
@@ -328,12 +330,12 @@ def run_cell(
         b_ih = torch.zeros_like(b_hh) if b_ih is None and b_hh is not None else b_ih
         b_hh = torch.zeros_like(b_ih) if b_hh is None and b_ih is not None else b_hh
         weights = [w for w in (w_ih, w_hh, b_ih, b_hh) if w is not None]
-    _checks.cell(title, input, hx, weights, len(CELLS[cell].gates), low is not None)
+    spec, per = CELLS[cell], len(weights)
+    H = _checks.cell(title, input, hx, weights, len(spec.gates), low is not None, spec.dense, heads)
     _checks.alike(input, weights, "parameter", low is None)
     if hx is not None:
         _checks.alike(input, hx, "hidden", low is None)
-    B, H = input.size(0), w_hh.size(1)
-    two = cell == "lstm"
+    B = input.size(0)
     if dispatch.wants_torch(input.device, input.dtype, cell + "_cell", B, False, 1):
         from rnnkern.backends import torch as torch_kernels
 
@@ -345,12 +347,17 @@ def run_cell(
         dtypes = _layouts.autocast_dtypes(low, cell, input, hx, False, False, True)
         input, hx, weights, _ = _layouts.cast(dtypes[0], input, hx, weights, None)
     hx = hx and tuple(h.unsqueeze(0) for h in hx)
-    sizes = ((1, B, H), (1, B, H)) if two else ((1, B, H),)
-    arguments = (cell, input, hx, weights, len(weights), len(weights) == 4, 1, 0.0, 1, 1, sizes)
+    groups = heads or 1
+    if heads:
+        weights, hx, _, _ = _layouts.as_groups(heads, per, weights, hx, None, None)
+    sizes = ((groups, B, H // groups),) * len(spec.states)
+    arguments = (cell, input, hx, weights, per, per == 4, 1, 0.0, groups, 1, sizes)
     if low is not None:
         with torch.autocast(input.device.type, enabled=False):
-            y, final, _ = stack(*arguments)
+            _, final, _ = stack(*arguments, project=project, heads=groups)
     else:
-        y, final, _ = stack(*arguments)
-    states = (final[0][0], final[1][0].to(dtypes[1])) if two else (final[0][0],)
+        _, final, _ = stack(*arguments, project=project, heads=groups)
+    if heads:
+        final = _layouts.from_groups(heads, final)
+    states = (final[0][0], *(s[0].to(dtypes[1]) for s in final[1:]))
     return states if batched else tuple(h.squeeze(0) for h in states)

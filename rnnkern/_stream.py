@@ -11,13 +11,14 @@ from torch import Tensor
 
 from rnnkern import _call, dispatch
 from rnnkern._options import PLAIN, Extended, Options
-from rnnkern._stack import Stack
+from rnnkern._stack import BatchNormed, Beyond, Step
 from rnnkern.backends.base import accumulation_dtype
 from rnnkern.beyond import MGU, IndRNN, LiGRU
+from rnnkern.beyond_cells import IndRNNCell, LiGRUCell, MGUCell
 from rnnkern.cells import CELLS
 from rnnkern.convert import PAIRS
 
-KINDS = (*(theirs for theirs, _ in PAIRS), MGU, IndRNN, LiGRU)
+KINDS = (*(theirs for theirs, _ in PAIRS), MGU, IndRNN, LiGRU, MGUCell, IndRNNCell, LiGRUCell)
 FORWARDS = [kind.forward for kind in (*KINDS, *(ours for _, ours in PAIRS))]
 FORMS = {None: 0, "bf16": 1, "int8": 2}  # how weights are kept; the numbers are csrc/api.h's
 WIDEST = 1 << 16  # along a sum of int8: more might not fit the 32 bits that csrc/generic/forms-inl.h adds them up in
@@ -67,11 +68,11 @@ class Shape:
             options = replace(
                 m.options, recurrent_dropout=0.0, recurrent_dropout_mode="sequence", weight_dropout=0.0, grad_clip=0.0
             )
-        is_cell = isinstance(m, torch.nn.RNNCellBase)
+        is_cell = isinstance(m, (torch.nn.RNNCellBase, Step))
         if isinstance(m, (torch.nn.RNN, torch.nn.RNNCell)):
             relu = m.mode == "RNN_RELU" if isinstance(m, torch.nn.RNN) else m.nonlinearity == "relu"
             cell = "rnn_relu" if relu else "rnn_tanh"
-        elif isinstance(m, Stack):
+        elif isinstance(m, Beyond):
             cell = m._cell
         else:
             cell = "lstm" if kind.__name__.startswith("LSTM") else "gru"
@@ -117,7 +118,7 @@ def snapshot(module: torch.nn.Module, shape: Shape, dtype: torch.dtype, form: st
         sizes = [(tall, shape.P if k else shape.I), recurrent, (shape.P, shape.H), (tall,), (tall,)]
         if None in found[:2] or any(f not in (None, size) for f, size in zip(found, sizes, strict=True)):
             raise RuntimeError(f"Stream: expected weights of shapes {sizes} in layer {k}, got {found}")
-        if isinstance(module, LiGRU) and module.batch_norm:
+        if isinstance(module, BatchNormed) and module.batch_norm:
             weights[0], biases[0] = module._folded(suffix, wide)
         scales: list[Tensor | None] = [None, None, None]
         for i, w in enumerate(weights):
