@@ -184,16 +184,16 @@ class BatchNormed(Beyond):
             assert w_ih is not None
             columns.append(self._gates(end, x, w_ih, b_ih, exist))
             rest.append(Group(None, None, params))
-        return torch.stack(columns, 1), rest
+        return columns[0].unsqueeze(1) if len(columns) == 1 else torch.stack(columns, 1), rest
 
     def _gates(self, end: str, x: Tensor, w_ih: Tensor, b_ih: Tensor | None, exist: Tensor | None = None) -> Tensor:
         """Pre-activations of one direction."""
         gain, mean, var = (getattr(self, name + end) for name in ("bn_ih", "bn_mean", "bn_var"))
         product = linear(x, w_ih)
         if exist is None or not self.training:
-            gx = batch_norm(product, mean, var, gain, None, self.training, self.momentum, self.eps)
-        else:
-            gx = self._over_existing(product, exist.unsqueeze(1), mean, var) * gain
+            shift = None if b_ih is None else b_ih.to(gain.dtype)  # not that of the others under autocast
+            return batch_norm(product, mean, var, gain, shift, self.training, self.momentum, self.eps)
+        gx = self._over_existing(product, exist.unsqueeze(1), mean, var) * gain
         return (gx if b_ih is None else gx + b_ih).to(x.dtype)
 
     @property
@@ -203,9 +203,12 @@ class BatchNormed(Beyond):
     def _in_evaluation(self, x: Tensor) -> Tensor | None:
         """A cell's `_gates`, where they change nothing; None too where an error is to be found."""
         w_ih, b_ih = self._parameters.get("weight_ih"), self._parameters.get("bias_ih")
-        if self.training or w_ih is None or x.shape[1:] != w_ih.shape[1:] or len(w_ih) != 2 * self.hidden_size:
+        wide = 2 * self.hidden_size
+        if self.training or x.dim() != 2 or w_ih is None or (x.dtype, x.device) != (w_ih.dtype, w_ih.device):
             return None
-        return self._gates("", x, w_ih, b_ih) if (x.dtype, x.device) == (w_ih.dtype, w_ih.device) else None
+        if w_ih.shape != (wide, x.shape[-1]) or (b_ih is not None and b_ih.shape != (wide,)):
+            return None
+        return self._gates("", x, w_ih, b_ih)
 
     def _folded(self, end: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """`weight_ih` and `bias_ih` that have normalisation by the running estimates in them."""

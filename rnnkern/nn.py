@@ -516,5 +516,5 @@ def step(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """A cell's forward where it has no short way: its states after the step."""
     _checks.step_rank(title, input, hx)
-    weights = (_weight(module, name) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
-    return _call.run_cell(cell, title, input, hx, *weights, heads=heads, project=project)
+    w_ih, w_hh, b_ih, b_hh = (_weight(module, name) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+    return _call.run_cell(cell, title, input, hx, w_ih, w_hh, b_ih, b_hh, heads, project)
