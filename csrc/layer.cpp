@@ -110,6 +110,30 @@ class Segments {
   int64_t of_group_[kMaxStates] = {}, of_row_[kMaxStates] = {}, bytes_[kMaxStates] = {};
 };
 
+// The weights of one direction, which reads `width` features or, with 0, pre-activations and has no w_ih and b_ih; with
+// heads above 0, these are the first dimension of each, and have an entry each in `to`. Whether they fit.
+bool open_weights(PyObject* const* own, const Forward& f, int64_t rows, int64_t width, bool bias, bool projected,
+                  int64_t heads, Weights* to) {
+  auto fits = [&](PyObject* given, int64_t height, int64_t across, const void** data, bool wanted) {
+    const int64_t sizes[] = {heads, height, across};
+    const int skipped = heads ? 0 : 1, ndim = across ? 3 : 2;
+    return address(given, f.dtype, sizes + skipped, ndim - skipped, data) && (*data != nullptr) == wanted;
+  };
+  Weights w;
+  if (!fits(own[0], rows, width, &w.w_ih, width != 0)) return false;
+  if (!fits(own[1], rows, is_diagonal(f.cell) ? 0 : f.P, &w.w_hh, true)) return false;
+  if (bias && (!fits(own[2], rows, 0, &w.b_ih, width != 0) || !fits(own[3], rows, 0, &w.b_hh, true))) return false;
+  if (projected && !fits(own[2 + 2 * bias], f.P, f.H, &w.w_hr, true)) return false;
+  auto next = [&](const void** part, int64_t numbers) {
+    if (*part) *part = static_cast<const char*>(*part) + numbers * size_of(f.dtype);
+  };
+  for (int64_t head = 0; head < (heads ? heads : 1); head++) {
+    to[head] = w;
+    next(&w.w_ih, rows * width), next(&w.w_hh, rows * f.P), next(&w.b_ih, rows), next(&w.b_hh, rows);
+  }
+  return true;
+}
+
 // A state of all groups as a call has it, [layers * directions, B, heads * width], and as a scan takes and gives it:
 // [layers * directions * heads, B, width]. With one head or one row these are the same in memory.
 class State {
@@ -120,7 +144,7 @@ class State {
     if (heads == 1 || B == 1) return;
     if (first) {
       entering_.resize(outer * B * heads * bytes);
-      move([&](int64_t whole, int64_t apart) { std::memcpy(&entering_[apart], first_ + whole, bytes_); });
+      walk([&](int64_t whole, int64_t apart) { std::memcpy(&entering_[apart], first_ + whole, bytes_); });
     }
     if (last) leaving_.resize(outer * B * heads * bytes);
   }
@@ -131,12 +155,13 @@ class State {
   }
   void close() {
     if (!leaving_.empty())
-      move([&](int64_t whole, int64_t apart) { std::memcpy(last_ + whole, &leaving_[apart], bytes_); });
+      walk([&](int64_t whole, int64_t apart) { std::memcpy(last_ + whole, &leaving_[apart], bytes_); });
   }
 
  private:
+  // Where a head's row is in either.
   template <class Copy>
-  void move(const Copy& copy) const {
+  void walk(const Copy& copy) const {
     for (int64_t o = 0; o < outer_; o++)
       for (int64_t b = 0; b < B_; b++)
         for (int64_t head = 0; head < heads_; head++)
@@ -187,28 +212,9 @@ PyObject* stack(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (given && (layers != 1 || width != f.N * rows)) Py_RETURN_NONE;
   std::vector<Weights> all(layers * f.N);
   for (int64_t k = 0; k < layers * directions; k++, weight += per) {
-    Weights w;
-    const int64_t w_ih[] = {heads, rows, k < directions ? width : above}, w_hh[] = {heads, rows, f.P},
-                  b[] = {heads, rows}, w_hr[] = {f.P, f.H};
-    const int lead = headed ? 0 : 1;  // without heads their dimension is not there
-    auto fits = [&](PyObject* own, const int64_t* sizes, int ndim, const void** data) {
-      return address(own, f.dtype, sizes + lead, ndim - lead, data);
-    };
-    if (!fits(weight[0], w_ih, 3, &w.w_ih) || !fits(weight[1], w_hh, is_diagonal(f.cell) ? 2 : 3, &w.w_hh))
-      Py_RETURN_NONE;
-    if (bias && (!fits(weight[2], b, 2, &w.b_ih) || !fits(weight[3], b, 2, &w.b_hh))) Py_RETURN_NONE;
-    if (projected && !address(weight[per - 1], f.dtype, w_hr, 2, &w.w_hr)) Py_RETURN_NONE;
-    if (given == (w.w_ih != nullptr) || !w.w_hh || projected != (w.w_hr != nullptr) || bias != (w.b_hh != nullptr) ||
-        (bias && !given) != (w.b_ih != nullptr))
-      Py_RETURN_NONE;
-    w.reverse = k % directions != 0;
-    for (int64_t head = 0; head < heads; head++) {
-      Weights& own = all[k * heads + head] = w;
-      auto go = [&](const void** part, int64_t numbers) {
-        if (*part) *part = static_cast<const char*>(*part) + head * numbers * size_of(f.dtype);
-      };
-      go(&own.w_ih, rows * w_ih[2]), go(&own.w_hh, rows * f.P), go(&own.b_ih, rows), go(&own.b_hh, rows);
-    }
+    const int64_t reads = given ? 0 : k < directions ? width : above;
+    if (!open_weights(weight, f, rows, reads, bias, projected, number[8], all.data() + k * heads)) Py_RETURN_NONE;
+    for (int64_t head = 0; head < heads; head++) all[k * heads + head].reverse = k % directions != 0;
   }
 
   PyObject* const* hx = each(tensor[1], K);

@@ -23,8 +23,8 @@ class Stream:
     running estimates) without gradients. Weights that change in the module later do not matter until :meth:`refresh`.
 
     Args:
-        module: an RNN, LSTM, GRU, RNNCell, LSTMCell or GRUCell of torch.nn or rnnkern, or an MGU, IndRNN or LiGRU; not
-            bidirectional, without forward hooks. Any number of layers, `proj_size`, with or without bias. With
+        module: an RNN, LSTM, GRU or a cell of them, of torch.nn or rnnkern, or an MGU, IndRNN, LiGRU or a cell of them;
+            not bidirectional, without forward hooks. Any number of layers, `proj_size`, with or without bias. With
             rnnkern's options too, as they are in evaluation: `zoneout` is its fixed mixture, dropouts are none.
         batch_size: number of streams that run side by side, each with states of its own. Default: 1
         dtype: dtype of inputs, outputs and states. Default: that of the module's weights
