@@ -13,6 +13,9 @@ constexpr int64_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype 
 
 constexpr int kMaxStates = 4;  // h first; the others have width H and the accumulation dtype
 
+constexpr int states_of(Cell cell) { return cell == Cell::lstm ? 2 : cell == Cell::slstm ? 4 : 1; }
+constexpr bool is_diagonal(Cell cell) { return cell == Cell::indrnn_tanh || cell == Cell::indrnn_relu; }
+
 // One group of weights: a direction of a layer, or a member of an ensemble. Row-major and contiguous, gates in torch
 // order.
 struct Weights {

@@ -16,7 +16,7 @@ namespace {
 
 // Results that are given to the caller, or to nobody.
 struct Results {
-  static constexpr int kCount = 4;
+  static constexpr int kCount = 3;
   PyObject* made[kCount] = {};
   ~Results() {
     for (PyObject* object : made) Py_XDECREF(object);
@@ -32,30 +32,43 @@ struct Results {
   }
 };
 
+// Those of a tuple with so many, none of them None, or as many of None for None; null: something else.
+PyObject* const* each(PyObject* given, int count) {
+  static PyObject* const none[kMaxStates] = {Py_None, Py_None, Py_None, Py_None};
+  if (given == Py_None) return none;
+  if (!PyTuple_CheckExact(given) || PyTuple_GET_SIZE(given) != count) return nullptr;
+  for (int k = 0; k < count; k++)
+    if (PyTuple_GET_ITEM(given, k) == Py_None) return nullptr;
+  return PySequence_Fast_ITEMS(given);
+}
+
 // Where segments begin and rows end, as every layer of a call meets it.
 class Segments {
  public:
-  // From tensor = {reset, reset_state h, c, lengths}, each of them or None; whether they fit the call. `rows` are the
-  // first two sizes of the input: where it is batch first, both layouts are one in memory.
-  bool open(PyObject* const* tensor, const Forward& f, const int64_t* rows, int64_t groups, DType wide) {
+  // Each of them or None; whether they fit the call. `rows` are the first two sizes of the input: where it is batch
+  // first, both layouts are one in memory.
+  bool open(PyObject* reset, PyObject* reset_state, PyObject* lengths, const Forward& f, const int64_t* rows,
+            int64_t groups, DType wide) {
     View mask, ends;
-    if (tensor[3] != Py_None) {
-      if (!ends.open(tensor[3]) || !ends.is(kDLInt, 64, &f.B, 1)) return false;
+    if (lengths != Py_None) {
+      if (!ends.open(lengths) || !ends.is(kDLInt, 64, &f.B, 1)) return false;
       lengths_ = static_cast<const int64_t*>(ends.data());
       for (int64_t b = 0; b < f.B; b++)
         if (lengths_[b] < 0 || lengths_[b] > f.T) return false;
     }
-    if (tensor[0] == Py_None) return tensor[1] == Py_None && tensor[2] == Py_None;
-    if (!mask.open(tensor[0]) || !mask.is(kDLBool, 8, rows, 2)) return false;
+    if (reset == Py_None) return reset_state == Py_None;
+    count_ = states_of(f.cell);
+    PyObject* const* state = each(reset_state, count_);
+    if (!state || !mask.open(reset) || !mask.is(kDLBool, 8, rows, 2)) return false;
     mask_ = static_cast<const uint8_t*>(mask.data());
     if (f.N > 1) both_directions(f);
-    for (int k = 0; k < kStates; k++) {
+    for (int k = 0; k < count_; k++) {
       const int64_t width = k ? f.H : f.P;
       int64_t sizes[] = {groups, f.B, width};
       const DType dtype = k ? wide : f.dtype;
-      if (!address(tensor[1 + k], dtype, sizes, 3, &state_[k])) {
+      if (!address(state[k], dtype, sizes, 3, &state_[k])) {
         sizes[1] = 1;
-        if (!address(tensor[1 + k], dtype, sizes, 3, &state_[k])) return false;
+        if (!address(state[k], dtype, sizes, 3, &state_[k])) return false;
       }
       of_group_[k] = sizes[1] * width, of_row_[k] = sizes[1] > 1 ? width : 0;
       bytes_[k] = size_of(dtype);
@@ -67,7 +80,7 @@ class Segments {
   void give(Forward& f, int64_t first) const {
     f.lengths = lengths_, f.reset = mask_;
     f.reset_s = both_.empty() ? 1 : f.N, f.reset_n = both_.empty() ? 0 : 1;
-    for (int k = 0; k < kStates; k++) {
+    for (int k = 0; k < count_; k++) {
       if (state_[k]) f.reset_state[k] = static_cast<const char*>(state_[k]) + first * of_group_[k] * bytes_[k];
       f.reset_state_n[k] = of_group_[k], f.reset_state_b[k] = of_row_[k];
     }
@@ -93,116 +106,183 @@ class Segments {
 
   const int64_t* lengths_ = nullptr;
   const uint8_t* mask_ = nullptr;
-  std::vector<uint8_t> both_;        // [S, 2]
-  static constexpr int kStates = 2;  // h and c; cells with more go the general way
-  const void* state_[kStates] = {};
-  int64_t of_group_[kStates] = {}, of_row_[kStates] = {}, bytes_[kStates] = {};
+  std::vector<uint8_t> both_;  // [S, 2]
+  int count_ = 0;              // of the states
+  const void* state_[kMaxStates] = {};
+  int64_t of_group_[kMaxStates] = {}, of_row_[kMaxStates] = {}, bytes_[kMaxStates] = {};
 };
 
-// stack(isa, cell, gates, H, P, threads, kind, layers, directions, bias, keep, x, h_0, c_0, reset, reset_h, reset_c,
-// lengths, *weights) -> (y, h_n, c_n, states) or None. kind: 0 for a cell's step (x and states have no time and no
-// layers; h_n is y, so None), 1 for layers, 2 for layers that are batch first. P is 0 without a projection. Weights are
-// in torch's order, w_ih, w_hh, b_ih, b_hh, w_hr of every layer and direction. Absent states are None, and zero. c_n is
-// None but for LSTM; every c is in the accumulation dtype. With `keep`, states is a tuple with (h,) or (h, c) of every
-// layer, after every step, of which the last h is y.
+// The weights of one direction, which reads `width` features or, with 0, pre-activations and has no w_ih and b_ih; with
+// heads above 0, these are the first dimension of each, and have an entry each in `to`. Whether they fit.
+bool open_weights(PyObject* const* own, const Forward& f, int64_t rows, int64_t width, bool bias, bool projected,
+                  int64_t heads, Weights* to) {
+  auto fits = [&](PyObject* given, int64_t height, int64_t across, const void** data, bool wanted) {
+    const int64_t sizes[] = {heads, height, across};
+    const int skipped = heads ? 0 : 1, ndim = across ? 3 : 2;
+    return address(given, f.dtype, sizes + skipped, ndim - skipped, data) && (*data != nullptr) == wanted;
+  };
+  Weights w;
+  if (!fits(own[0], rows, width, &w.w_ih, width != 0)) return false;
+  if (!fits(own[1], rows, is_diagonal(f.cell) ? 0 : f.P, &w.w_hh, true)) return false;
+  if (bias && (!fits(own[2], rows, 0, &w.b_ih, width != 0) || !fits(own[3], rows, 0, &w.b_hh, true))) return false;
+  if (projected && !fits(own[2 + 2 * bias], f.P, f.H, &w.w_hr, true)) return false;
+  auto next = [&](const void** part, int64_t numbers) {
+    if (*part) *part = static_cast<const char*>(*part) + numbers * size_of(f.dtype);
+  };
+  for (int64_t head = 0; head < (heads ? heads : 1); head++) {
+    to[head] = w;
+    next(&w.w_ih, rows * width), next(&w.w_hh, rows * f.P), next(&w.b_ih, rows), next(&w.b_hh, rows);
+  }
+  return true;
+}
+
+// A state of all groups as a call has it, [layers * directions, B, heads * width], and as a scan takes and gives it:
+// [layers * directions * heads, B, width]. With one head or one row these are the same in memory.
+class State {
+ public:
+  void open(const void* first, void* last, int64_t outer, int64_t B, int64_t heads, int64_t bytes) {
+    first_ = static_cast<const char*>(first), last_ = static_cast<char*>(last);
+    outer_ = outer, B_ = B, heads_ = heads, bytes_ = bytes;
+    if (heads == 1 || B == 1) return;
+    if (first) {
+      entering_.resize(outer * B * heads * bytes);
+      walk([&](int64_t whole, int64_t apart) { std::memcpy(&entering_[apart], first_ + whole, bytes_); });
+    }
+    if (last) leaving_.resize(outer * B * heads * bytes);
+  }
+  void give(Forward& f, int k, int64_t group) {
+    const int64_t at = group * B_ * bytes_;
+    f.state[k] = first_ ? (entering_.empty() ? first_ : entering_.data()) + at : nullptr;
+    f.final_state[k] = last_ ? (leaving_.empty() ? last_ : leaving_.data()) + at : nullptr;
+  }
+  void close() {
+    if (!leaving_.empty())
+      walk([&](int64_t whole, int64_t apart) { std::memcpy(last_ + whole, &leaving_[apart], bytes_); });
+  }
+
+ private:
+  // Where a head's row is in either.
+  template <class Copy>
+  void walk(const Copy& copy) const {
+    for (int64_t o = 0; o < outer_; o++)
+      for (int64_t b = 0; b < B_; b++)
+        for (int64_t head = 0; head < heads_; head++)
+          copy(((o * B_ + b) * heads_ + head) * bytes_, ((o * heads_ + head) * B_ + b) * bytes_);
+  }
+
+  const char* first_ = nullptr;  // null: zero
+  char* last_ = nullptr;         // null: nobody asks for it
+  int64_t outer_ = 0, B_ = 0, heads_ = 1, bytes_ = 0;
+  std::vector<char> entering_, leaving_;
+};
+
+// stack(isa, cell, gates, H, P, threads, kind, layers, directions, heads, bias, keep, x, hx, reset, reset_state,
+// lengths, *weights) -> (y, states, kept) or None. kind: 0 for a cell's step (x and states have no time and no layers,
+// and the first state is y), 1 for layers, 2 for layers that are batch first. P is 0 without a projection. Weights are
+// in torch's order, w_ih, w_hh, b_ih, b_hh, w_hr of every layer and direction; with heads above 0, these are the first
+// dimension of each. A w_ih of None, of one layer, says that x is the pre-activations, and there is no b_ih. hx and
+// reset_state are tuples or, for zeros, None. States beyond h are in the accumulation dtype. With `keep`, kept has a
+// tuple of the states of every layer after every step, of which the last h is y.
 PyObject* stack(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  constexpr int kNumbers = 10, kFirst = 1 + kNumbers + 7;
+  constexpr int kNumbers = 11, kTensors = 5, kFirst = 1 + kNumbers + kTensors;
   if (count < kFirst) return PyErr_Format(PyExc_TypeError, "stack takes %d arguments or more, got %zd", kFirst, count);
   const char* isa = PyUnicode_AsUTF8(args[0]);
   long number[kNumbers];
   for (int i = 0; i < kNumbers; i++) number[i] = PyLong_AsLong(args[i + 1]);
   if (!isa || PyErr_Occurred()) return nullptr;
   PyObject* const* tensor = args + 1 + kNumbers;
-  const int64_t layers = number[6], directions = number[7];
-  const bool bias = number[8] != 0, keep = number[9] != 0, projected = number[3] != 0,
-             two = Cell(number[0]) == Cell::lstm;
+  PyObject* const* weight = args + kFirst;
+  const int64_t layers = number[6], directions = number[7], heads = number[8] ? number[8] : 1;
+  const bool headed = number[8] != 0, bias = number[9] != 0, keep = number[10] != 0, projected = number[3] != 0;
   const int64_t per = 2 + 2 * bias + projected;
   if (layers < 1 || directions < 1 || directions > 2 || count != kFirst + layers * directions * per) Py_RETURN_NONE;
+  if (heads < 1 || number[2] % heads || (headed && (projected || tensor[2] != Py_None))) Py_RETURN_NONE;
 
   Forward f;
-  f.cell = Cell(number[0]), f.N = directions, f.threads = int(number[4]);
-  const int64_t rows = number[1] * number[2];
-  const int kind = int(number[5]), ndim = kind ? 3 : 2;
+  f.cell = Cell(number[0]), f.N = directions * heads, f.threads = int(number[4]);
+  f.H = number[2] / heads, f.P = projected ? number[3] : f.H;
+  const int64_t rows = number[1] * f.H;
+  const int kind = int(number[5]), ndim = kind ? 3 : 2, K = states_of(f.cell);
   View x;
   if (!bound() || !x.open(tensor[0]) || x.ndim() != ndim || !x.dtype(&f.dtype)) Py_RETURN_NONE;
   f.T = kind ? x.size(kind == 2) : 1, f.B = x.size(kind == 1);
   if (kind == 2 && f.T != 1 && f.B != 1) Py_RETURN_NONE;
-  const int64_t width = x.size(ndim - 1);
-  f.S = f.T * f.B, f.H = number[2], f.P = projected ? number[3] : f.H;
+  const int64_t width = x.size(ndim - 1), above = f.N * f.P;  // features that the first layer reads, and the others
+  f.S = f.T * f.B;
   const DType wide = f.dtype == DType::f64 ? DType::f64 : DType::f32;
-  // A state is [layers * directions, B, width], in a cell [B, width].
-  const int64_t h_sizes[] = {layers * directions, f.B, f.P}, c_sizes[] = {layers * directions, f.B, f.H};
-  const int64_t *h_shape = h_sizes + !kind, *c_shape = c_sizes + !kind;
-  const void *h_0 = nullptr, *c_0 = nullptr;
-  if (!address(tensor[1], f.dtype, h_shape, ndim, &h_0) || !address(tensor[2], wide, c_shape, ndim, &c_0))
-    Py_RETURN_NONE;
-  std::vector<Weights> all(layers * directions);
-  for (int64_t k = 0; k < layers * directions; k++) {
-    PyObject* const* own = tensor + 7 + k * per;
-    const int64_t w_ih[] = {rows, k < directions ? width : directions * f.P}, w_hh[] = {rows, f.P}, w_hr[] = {f.P, f.H};
-    all[k].reverse = k % directions != 0;
-    if (!address(own[0], f.dtype, w_ih, 2, &all[k].w_ih) || !address(own[1], f.dtype, w_hh, 2, &all[k].w_hh))
-      Py_RETURN_NONE;
-    if (bias &&
-        (!address(own[2], f.dtype, &rows, 1, &all[k].b_ih) || !address(own[3], f.dtype, &rows, 1, &all[k].b_hh)))
-      Py_RETURN_NONE;
-    if (projected && !address(own[per - 1], f.dtype, w_hr, 2, &all[k].w_hr)) Py_RETURN_NONE;
-    if (!all[k].w_ih || !all[k].w_hh || bias != (all[k].b_ih && all[k].b_hh) || projected != (all[k].w_hr != nullptr))
-      Py_RETURN_NONE;
+  const bool given = weight[0] == Py_None;
+  if (given && (layers != 1 || width != f.N * rows)) Py_RETURN_NONE;
+  std::vector<Weights> all(layers * f.N);
+  for (int64_t k = 0; k < layers * directions; k++, weight += per) {
+    const int64_t reads = given ? 0 : k < directions ? width : above;
+    if (!open_weights(weight, f, rows, reads, bias, projected, number[8], all.data() + k * heads)) Py_RETURN_NONE;
+    for (int64_t head = 0; head < heads; head++) all[k * heads + head].reverse = k % directions != 0;
   }
 
-  const int64_t bytes = size_of(f.dtype), wide_bytes = size_of(wide);
-  const int64_t y_sizes[] = {kind == 2 ? f.B : f.T, kind == 2 ? f.T : f.B, directions * f.P};
+  PyObject* const* hx = each(tensor[1], K);
+  const int64_t outer = layers * directions;
+  // A state is [layers * directions, B, width], in a cell [B, width].
+  const int64_t h_sizes[] = {outer, f.B, heads * f.P}, c_sizes[] = {outer, f.B, heads * f.H};
+  const void* first[kMaxStates] = {};
+  if (!hx) Py_RETURN_NONE;
+  for (int k = 0; k < K; k++)
+    if (!address(hx[k], k ? wide : f.dtype, (k ? c_sizes : h_sizes) + !kind, ndim, &first[k])) Py_RETURN_NONE;
+  const int64_t y_sizes[] = {kind == 2 ? f.B : f.T, kind == 2 ? f.T : f.B, above};
   Segments segments;
-  if (!segments.open(tensor + 3, f, y_sizes, layers * directions, wide)) Py_RETURN_NONE;
+  if (!segments.open(tensor[2], tensor[3], tensor[4], f, y_sizes, outer, wide)) Py_RETURN_NONE;
 
-  const int64_t seq_sizes[] = {y_sizes[0], y_sizes[1], directions * f.H};
-  const int64_t y_bytes = f.S * directions * f.P * bytes, seq_bytes = f.S * directions * f.H * wide_bytes;
+  const int64_t bytes = size_of(f.dtype), wide_bytes = size_of(wide);
+  const int64_t seq_sizes[] = {y_sizes[0], y_sizes[1], f.N * f.H};
+  const int64_t y_bytes = f.S * above * bytes, seq_bytes = f.S * f.N * f.H * wide_bytes;
   Results results;
-  PyObject *&y = results.made[0], *&h_n = results.made[1], *&c_n = results.made[2], *&states = results.made[3];
-  void *last, *h_final = nullptr, *c_final = nullptr;
-  if (!(y = fresh(tensor[0], y_sizes + !kind, ndim, false, &last))) return nullptr;
-  if (kind && !(h_n = fresh(y, h_shape, ndim, false, &h_final))) return nullptr;
-  if (two && !(c_n = fresh(h_n ? h_n : y, c_shape, ndim, wide != f.dtype, &c_final))) return nullptr;
-  std::vector<void*> h_kept, c_kept;  // of every layer, to keep
+  PyObject *&y = results.made[0], *&states = results.made[1], *&kept = results.made[2];
+  void *y_data, *last[kMaxStates] = {};
+  if (!(y = fresh(tensor[0], y_sizes + !kind, ndim, false, &y_data)) || !(states = PyTuple_New(K))) return nullptr;
+  for (int k = 0; k < K; k++) {
+    const int64_t* sizes = (k ? c_sizes : h_sizes) + !kind;
+    PyObject* like = k ? PyTuple_GET_ITEM(states, k - 1) : y;
+    PyObject* made = k || kind ? fresh(like, sizes, ndim, k && wide != f.dtype, &last[k]) : Py_NewRef(y);
+    if (!made) return nullptr;
+    PyTuple_SET_ITEM(states, k, made);
+  }
+  std::vector<void*> seq[kMaxStates];  // of every layer, to keep
   if (keep) {
-    h_kept.assign(layers, last), c_kept.assign(layers, nullptr);
-    if (!(states = PyTuple_New(layers))) return nullptr;
-    for (int64_t k = 0; k < layers; k++) {
-      PyObject* kept = PyTuple_New(1 + two);
-      if (!kept) return nullptr;
-      PyTuple_SET_ITEM(states, k, kept);
-      PyObject* h = k == layers - 1 ? Py_NewRef(y) : fresh(y, y_sizes, ndim, false, &h_kept[k]);
-      if (!h) return nullptr;
-      PyTuple_SET_ITEM(kept, 0, h);
-      if (!two) continue;
-      PyObject* c = fresh(y, seq_sizes, ndim, wide != f.dtype, &c_kept[k]);
-      if (!c) return nullptr;
-      PyTuple_SET_ITEM(kept, 1, c);
+    for (int k = 0; k < K; k++) seq[k].assign(layers, y_data);
+    if (!(kept = PyTuple_New(layers))) return nullptr;
+    for (int64_t n = 0; n < layers; n++) {
+      PyObject* own = PyTuple_New(K);
+      if (!own) return nullptr;
+      PyTuple_SET_ITEM(kept, n, own);
+      for (int k = 0; k < K; k++) {
+        const bool is_y = !k && n == layers - 1;
+        PyObject* made =
+            is_y ? Py_NewRef(y) : fresh(y, k ? seq_sizes : y_sizes, ndim, k && wide != f.dtype, &seq[k][n]);
+        if (!made) return nullptr;
+        PyTuple_SET_ITEM(own, k, made);
+      }
     }
   }
   PyThreadState* released = nullptr;
   try {
     const Kernels& kernels = choose_kernels(isa);
+    State state[kMaxStates];
+    for (int k = 0; k < K; k++) state[k].open(first[k], last[k], outer, f.B, heads, k ? f.H * wide_bytes : f.P * bytes);
     // Outputs of the layers below the last, each of which is read by the next.
     std::unique_ptr<char[]> between[2];
-    for (int64_t k = 0; !keep && k < layers - 1 && k < 2; k++) between[k].reset(new char[y_bytes]);
-    if (layers * directions * f.S * rows * (width + f.P) > kLong) released = PyEval_SaveThread();
-    for (int64_t k = 0; k < layers; k++) {
-      const int64_t done = k * directions * f.B;
-      f.weights = all.data() + k * directions;
-      f.x = k ? f.y : x.data(), f.I = f.x_s = f.x_m = k ? directions * f.P : width;
-      f.y = keep ? h_kept[k] : k == layers - 1 ? last : between[k % 2].get();
-      if (keep) f.seq[1] = c_kept[k];
+    for (int64_t n = 0; !keep && n < layers - 1 && n < 2; n++) between[n].reset(new char[y_bytes]);
+    if (layers * f.N * f.S * rows * (width + f.P) > kLong) released = PyEval_SaveThread();
+    if (given) f.gx = x.data(), f.gx_s = width, f.gx_n = rows;
+    for (int64_t n = 0; n < layers; n++) {
+      f.weights = all.data() + n * f.N;
+      if (!given) f.x = n ? f.y : x.data(), f.I = f.x_s = f.x_m = n ? above : width;
+      f.y = keep ? seq[0][n] : n == layers - 1 ? y_data : between[n % 2].get();
       segments.clear(f.y, y_bytes);
-      if (f.seq[1]) segments.clear(f.seq[1], seq_bytes);
-      segments.give(f, k * directions);
-      f.state[0] = h_0 ? static_cast<const char*>(h_0) + done * f.P * bytes : nullptr;
-      f.state[1] = c_0 ? static_cast<const char*>(c_0) + done * f.H * wide_bytes : nullptr;
-      f.final_state[0] = h_final ? static_cast<char*>(h_final) + done * f.P * bytes : nullptr;
-      f.final_state[1] = c_final ? static_cast<char*>(c_final) + done * f.H * wide_bytes : nullptr;
+      for (int k = 1; keep && k < K; k++) segments.clear(f.seq[k] = seq[k][n], seq_bytes);
+      segments.give(f, n * directions);
+      for (int k = 0; k < K; k++) state[k].give(f, k, n * f.N);
       kernels.forward(f);
     }
+    for (int k = 0; k < K; k++) state[k].close();
     if (released) PyEval_RestoreThread(released);
   } catch (const std::bad_alloc&) {
     if (released) PyEval_RestoreThread(released);

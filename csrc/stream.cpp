@@ -130,8 +130,6 @@ PyObject* run_chunk(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   Py_RETURN_TRUE;
 }
 
-bool diagonal(const StreamShape& s) { return s.cell == Cell::indrnn_tanh || s.cell == Cell::indrnn_relu; }
-
 DType sum_dtype(const StreamShape& s) { return s.dtype == DType::f64 ? DType::f64 : DType::f32; }
 
 // pack(w_ih, w_hh, b_ih, b_hh, w_hr, s_ih, s_hh, s_hr of every layer; w, b, s of the head) -> whether they fit
@@ -163,7 +161,7 @@ PyObject* pack(PyObject* self, PyObject* const* args, Py_ssize_t count) {
     if (!address(args[2], sums, &rows, 1, &l.b_ih) || !address(args[3], sums, &rows, 1, &l.b_hh) ||
         !scales(args[5], rows, &l.s_ih))
       Py_RETURN_FALSE;
-    if (diagonal(s)) {  // a vector, kept as the biases are
+    if (is_diagonal(s.cell)) {  // a vector, kept as the biases are
       if (!address(args[1], sums, &rows, 1, &l.w_hh) || !l.w_hh) Py_RETURN_FALSE;
     } else if (!weights(args[1], rows, s.P / s.groups, &l.w_hh) || !scales(args[6], rows, &l.s_hh)) {
       Py_RETURN_FALSE;

@@ -54,6 +54,6 @@ class Memory:
         return max(((n / len(own | self.runs[i]), -i) for i, n in shared.items()), default=(0.0, 0))
 
 
-def kept_for_test(text: str, one_in: int) -> bool:
-    """One in so many, by the text alone, so in every run the same."""
-    return zlib.crc32(text.encode()) % one_in == 0
+def lot(text: str, of: int) -> int:
+    """One of so many, by the text alone, so in every run the same."""
+    return zlib.crc32(text.encode()) % of

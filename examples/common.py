@@ -14,13 +14,15 @@ from tqdm import tqdm
 BLUE, ORANGE, GREEN, GREY = "#1f4e79", "#f2a65a", "#4f9d69", "#888888"
 
 
-def options(doc: str | None, given: list[str] | None, *, steps: int, out: str) -> argparse.Namespace:
-    """The command line of an example. Seeds torch, and sets its threads."""
+def options(doc: str | None, given: list[str] | None, *, steps: int, out: str, **switches: str) -> argparse.Namespace:
+    """The command line of an example; `switches` are its own, with what they do. Seeds torch, and sets its threads."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=steps, help="of training (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of torch; for small networks one is best")
     parser.add_argument("--out", type=Path, default=Path(out), help="the picture (default: %(default)s)")
+    for name, does in switches.items():
+        parser.add_argument(f"--{name}", action="store_true", help=does)
     args = parser.parse_args(given)
     if args.steps < 1:
         parser.error(f"--steps: expected 1 or more, got {args.steps}")

@@ -24,7 +24,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from catalogues import Memory, kept_for_test, messages
+from catalogues import Memory, lot, messages
 from common import BLUE, GREEN, GREY, ORANGE, figure, options, save, train
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.naive_bayes import MultinomialNB
@@ -37,7 +37,7 @@ import rnnkern
 LANGUAGES = (
     "af az ca cs cy da de eo es et eu fi fr ga gd gl hr hu id is it lt lv ms nb nl nn pl pt ro sk sl sq sv sw tr uz vi"
 ).split()
-ONE_IN = 5  # of so many messages one is for the test, if nothing is like it
+ONE_IN = 5  # of so many messages one is for validation, and one for the test, if nothing is like them
 LENGTHS, EACH, WHOLE = (5, 10, 20, 30, 40), 60, 20  # test: characters of snippets, how many, least of a message
 RUN, EMBEDDING, HIDDEN, BATCH, DROPOUT, LEFT_OUT = 4, 48, 64, 256, 0.3, 0.2
 COUNTED, ALPHA, RANKED = 5, 0.01, 400  # runs of naive Bayes, its smoothing; length of a list in the rank order
@@ -46,15 +46,17 @@ WORD = re.compile(r"[^\W\d_]+(?:['’·-][^\W\d_]+)*")
 Asked = list[tuple[str, int]]  # texts, and the places of their languages
 
 
-def texts(language: str) -> tuple[list[str], list[str]]:
-    """Of training and of the test. By the English message, so that no message is on both sides in two languages."""
-    parts: tuple[dict[str, None], dict[str, None]] = ({}, {})
+def texts(language: str, validate: bool) -> tuple[list[str], list[str]]:
+    """To learn from, and to be asked about: messages of validation, or of the test, where those of validation are to
+    learn from too. By the English message, so that no message is on both sides in two languages."""
+    parts: tuple[dict[str, None], ...] = ({}, {}, {})  # of validation, of the test, of neither
     for (_, english), text in messages(language).items():
         if words := " ".join(WORD.findall(FIELD.sub(" ", text).lower())):
-            parts[kept_for_test(english, ONE_IN)][words] = None
-    known, kept = map(list, parts)
-    memory = Memory(known)
-    return known, [text for text in kept if text not in parts[0] and memory.nearest(text)[0] < 0.5]
+            parts[min(lot(english, ONE_IN), 2)][words] = None
+    validation, test, rest = parts
+    known, kept = (rest, validation) if validate else (rest | validation, test)
+    memory = Memory(list(known))
+    return list(known), [text for text in kept if text not in known and memory.nearest(text)[0] < 0.5]
 
 
 def snippets(kept: list[list[str]], length: int, each: int) -> Asked:
@@ -131,8 +133,9 @@ def draw(scores: dict[str, dict[str, float]], out: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
-    args = options(__doc__, arguments, steps=650, out="language.png")
-    known, kept = zip(*(texts(language) for language in LANGUAGES), strict=True)
+    by = "learn without the validation messages and ask about these, by which settings are chosen; not about the test's"
+    args = options(__doc__, arguments, steps=650, out="language.png", validate=by)
+    known, kept = zip(*(texts(language, args.validate) for language in LANGUAGES), strict=True)
     tests = {str(length): snippets(list(kept), length, EACH) for length in LENGTHS}
     tests["whole"] = [(text, i) for i, own in enumerate(kept) for text in own if len(text) >= WHOLE]
     bodies = [" ".join(own) for own in known]

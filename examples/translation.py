@@ -24,7 +24,7 @@ from collections.abc import Callable, Hashable
 import torch
 from babel import Locale
 from babel.numbers import get_currency_name
-from catalogues import WORD, Memory, kept_for_test, messages
+from catalogues import WORD, Memory, lot, messages
 from common import draw_attention, greedy, options, pad, train
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -62,9 +62,9 @@ def pairs() -> list[Pair]:
 
 def split(found: list[Pair]) -> tuple[list[Pair], list[Pair]]:
     """Of training and of the test. By the translation, so that no two of one meaning are on both sides."""
-    train = [pair for pair in found if not kept_for_test(pair[1], ONE_IN)]
+    train = [pair for pair in found if lot(pair[1], ONE_IN)]
     memory = Memory([text for text, _ in train])
-    kept = (pair for pair in found if kept_for_test(pair[1], ONE_IN))
+    kept = (pair for pair in found if not lot(pair[1], ONE_IN))
     return train, [pair for pair in kept if memory.nearest(pair[0])[0] < 0.5]
 
 

@@ -5,6 +5,7 @@ from rnnkern._generate import Generated, generate
 from rnnkern._override import override
 from rnnkern._tbptt import tbptt
 from rnnkern.beyond import MGU, SLSTM, IndRNN, LiGRU
+from rnnkern.beyond_cells import IndRNNCell, LiGRUCell, MGUCell, SLSTMCell
 from rnnkern.convert import accelerate, restore
 from rnnkern.dispatch import backends, use_backend
 from rnnkern.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
@@ -36,4 +37,8 @@ __all__ = [
     "seq2seq",
     "tbptt",
     "use_backend",
+    "IndRNNCell",
+    "LiGRUCell",
+    "MGUCell",
+    "SLSTMCell",
 ]

@@ -8,15 +8,18 @@ packed and padded input, reset masks, layers times directions and the dropout be
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from rnnkern import _checks, _fast, _graphs, _layouts, _ops, _packing, _regularised, dispatch
 from rnnkern._fold import call_beneath_vmap
 from rnnkern._layouts import States
 from rnnkern._options import NO_PROJECTION, PLAIN, Options
+from rnnkern._run import run_step
 from rnnkern.autograd import Group, layer
 from rnnkern.backends.base import accumulation_dtype
 from rnnkern.cells import CELLS
@@ -316,11 +319,13 @@ def stack(
 
 def run_cell(
     cell: str, title: str, input: Tensor, hx: States | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None,
-    b_hh: Tensor | None,
+    b_hh: Tensor | None, heads: int = 0, project: Projection | None = None,
 ) -> States:  # fmt: skip
-    """One step of a cell module: (h,) or (h, c). A scan with T=1 on the same backends."""
-    if torch.compiler.is_dynamo_compiling():
-        return _graphs.step(cell, title, input, hx, w_ih, w_hh, b_ih, b_hh)
+    """One step of a cell module: its states after it. A scan with T=1 on the same backends, or torch's operations;
+    `heads` and `project` are those of `run`.
+    """
+    if torch.compiler.is_dynamo_compiling() and project is None:
+        return _graphs.step(cell, title, input, hx, w_ih, w_hh, b_ih, b_hh, heads)
     low = _layouts.autocast_dtype(input.device.type)
     batched = input.dim() == 2
     if not batched:
@@ -331,13 +336,12 @@ def run_cell(
         b_ih = torch.zeros_like(b_hh) if b_ih is None and b_hh is not None else b_ih
         b_hh = torch.zeros_like(b_ih) if b_hh is None and b_ih is not None else b_hh
         weights = [w for w in (w_ih, w_hh, b_ih, b_hh) if w is not None]
-    _checks.cell(title, input, hx, weights, len(CELLS[cell].gates), low is not None)
+    spec = CELLS[cell]
+    H = _checks.cell(title, input, hx, weights, len(spec.gates), low is not None, spec.dense, heads)
     _checks.alike(input, weights, "parameter", low is None)
     if hx is not None:
         _checks.alike(input, hx, "hidden", low is None)
-    B, H = input.size(0), w_hh.size(1)
-    two = cell == "lstm"
-    if dispatch.wants_torch(input.device, input.dtype, cell + "_cell", B, False, 1):
+    if dispatch.wants_torch(input.device, input.dtype, cell + "_cell", input.size(0), False, 1):
         from rnnkern.backends import torch as torch_kernels
 
         dispatch.ran("torch")
@@ -347,13 +351,42 @@ def run_cell(
     if low is not None:
         dtypes = _layouts.autocast_dtypes(low, cell, input, hx, False, False, True)
         input, hx, weights, _ = _layouts.cast(dtypes[0], input, hx, weights, None)
-    hx = hx and tuple(h.unsqueeze(0) for h in hx)
-    sizes = ((1, B, H), (1, B, H)) if two else ((1, B, H),)
-    arguments = (cell, input, hx, weights, len(weights), len(weights) == 4, 1, 0.0, 1, 1, sizes)
-    if low is not None:
-        with torch.autocast(input.device.type, enabled=False):
-            y, final, _ = stack(*arguments)
-    else:
-        y, final, _ = stack(*arguments)
-    states = (final[0][0], final[1][0].to(dtypes[1])) if two else (final[0][0],)
+    with torch.autocast(input.device.type, enabled=False) if low is not None else nullcontext():
+        run = _step_in_torch if dispatch.wants_operations(cell) else _step_as_scan
+        states = run(cell, input, hx, weights, H, heads, project)
+    states = (states[0], *(s.to(dtypes[1]) for s in states[1:]))
     return states if batched else tuple(h.squeeze(0) for h in states)
+
+
+def _step_in_torch(
+    cell: str, input: Tensor, hx: States | None, weights: Sequence[Tensor], H: int, heads: int,
+    project: Projection | None,
+) -> States:  # fmt: skip
+    dispatch.ran("reference")
+    w_ih, w_hh, *biases = weights
+    b_ih, b_hh = biases or (None, None)
+    if project is not None:
+        gx = project(0, input, [Group(w_ih, b_ih, ())], None)[0].squeeze(1)
+    elif heads:
+        gx = linear(input, w_ih.flatten(0, 1), None if b_ih is None else b_ih.flatten())
+    else:
+        gx = linear(input, w_ih, b_ih)
+    if hx is None:
+        hx = (input.new_zeros(input.size(0), H),) * len(CELLS[cell].states)
+    return run_step(cell, gx, hx, w_hh, b_hh, heads)
+
+
+def _step_as_scan(
+    cell: str, input: Tensor, hx: States | None, weights: Sequence[Tensor], H: int, heads: int,
+    project: Projection | None,
+) -> States:  # fmt: skip
+    hx = hx and tuple(h.unsqueeze(0) for h in hx)
+    groups, per = heads or 1, len(weights)
+    if heads:
+        weights, hx, _, _ = _layouts.as_groups(heads, per, weights, hx, None, None)
+    sizes = ((groups, input.size(0), H // groups),) * len(CELLS[cell].states)
+    arguments = (cell, input, hx, weights, per, per == 4, 1, 0.0, groups, 1, sizes)
+    _, final, _ = stack(*arguments, project=project, heads=groups)
+    if heads:
+        final = _layouts.from_groups(heads, final)
+    return tuple(s[0] for s in final)

@@ -47,9 +47,10 @@ def step_rank(title: str, input: Tensor, hx: tuple[Tensor, ...] | None) -> None:
     container(input)
     if dims not in (1, 2):
         raise ValueError(f"{title}: Expected input to be 1D or 2D, got {dims}D instead")
-    for index, h in enumerate(hx or ()):
+    states = hx or ()
+    for index, h in enumerate(states):
         if h.dim() not in (1, 2):
-            which = f"hx[{index}]" if title == "LSTMCell" else "hidden"
+            which = f"hx[{index}]" if len(states) > 1 else "hidden"
             raise ValueError(f"{title}: Expected {which} to be 1D or 2D, got {h.dim()}D instead")
     if title == "LSTMCell" and hx is not None and len(hx) != 2:
         raise RuntimeError("lstm_cell expects two hidden states")
@@ -236,29 +237,35 @@ def reset_state(given: tuple[Tensor, ...], sizes: tuple[tuple[int, int, int], ..
 
 
 def cell(
-    title: str, input: Tensor, hx: tuple[Tensor, ...] | None, weights: Sequence[Tensor], gates: int, autocast: bool
-) -> None:
-    """Sizes, devices and dtypes of one step's tensors, batch dimension there; weights: w_ih, w_hh and biases."""
+    title: str, input: Tensor, hx: tuple[Tensor, ...] | None, weights: Sequence[Tensor], gates: int, autocast: bool,
+    dense: bool = True, heads: int = 0,
+) -> int:  # fmt: skip
+    """Sizes, devices and dtypes of one step's tensors, batch dimension there; the hidden size. `weights` are w_ih, w_hh
+    and biases, `dense` and `heads` as above.
+    """
     w_ih, w_hh = weights[:2]
-    wide = gates * w_hh.size(-1)
-    shapes = ((wide, w_ih.size(-1)), (wide, w_hh.size(-1)), (wide,), (wide,))
+    lead = (heads,) if heads else ()
+    own = w_hh.size(-1) if dense else w_hh.size(-1) // gates
+    wide, hidden = gates * own, own * (heads or 1)
+    shapes = ((wide, w_ih.size(-1)), (wide, own) if dense else (wide,), (wide,), (wide,))
     for name, w, shape in zip(("weight_ih", "weight_hh", "bias_ih", "bias_hh"), weights, shapes, strict=False):
-        if w.shape != shape:
-            raise RuntimeError(f"{name}: expected shape {list(shape)}, got {list(w.shape)}")
-    if input.size(1) != w_ih.size(1):
-        raise RuntimeError(f"input has inconsistent input_size: got {input.size(1)} expected {w_ih.size(1)}")
+        if w.shape != (*lead, *shape):
+            raise RuntimeError(f"{name}: expected shape {[*lead, *shape]}, got {list(w.shape)}")
+    if input.size(1) != w_ih.size(-1):
+        raise RuntimeError(f"input has inconsistent input_size: got {input.size(1)} expected {w_ih.size(-1)}")
     for index, h in enumerate(hx or ()):
         if h.size(0) != input.size(0):
             raise RuntimeError(f"Input batch size {input.size(0)} doesn't match hidden{index} batch size {h.size(0)}")
-        if h.dim() == 1 or h.size(1) != w_hh.size(1):
+        if h.dim() == 1 or h.size(1) != hidden:
             got = h.size(min(1, h.dim() - 1))
-            raise RuntimeError(f"hidden{index} has inconsistent hidden_size: got {got}, expected {w_hh.size(1)}")
+            raise RuntimeError(f"hidden{index} has inconsistent hidden_size: got {got}, expected {hidden}")
         if h.dim() != 2:
-            raise RuntimeError(f"hidden{index}: expected shape {(input.size(0), w_hh.size(1))}, got {tuple(h.shape)}")
+            raise RuntimeError(f"hidden{index}: expected shape {(input.size(0), hidden)}, got {tuple(h.shape)}")
     if not autocast and input.dtype != w_ih.dtype:
         raise RuntimeError(
             f"{title}: input and weights must have the same dtype, but got {input.dtype} and {w_ih.dtype}"
         )
+    return hidden
 
 
 def memory(word: str) -> None:

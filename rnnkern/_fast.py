@@ -8,7 +8,7 @@ fit, and every error, goes the general way: these functions then return None and
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import is_
 from typing import Any
 
@@ -19,12 +19,10 @@ from torch.autograd import forward_ad
 from rnnkern import _checks, _profile, dispatch
 from rnnkern._dynamo import constant
 from rnnkern._options import PLAIN
+from rnnkern.cells import CELLS
 
-# Number in the extension, gates; those that its short way has.
-_CODES = {"rnn_tanh": (0, 1), "rnn_relu": (1, 1), "lstm": (2, 4), "gru": (3, 3), "mgu": (4, 2), "ligru": (7, 2)}
-_NARROW = (torch.bfloat16, torch.float16)  # c is kept in fp32 then, and given and taken in the module's dtype
+_NARROW = (torch.bfloat16, torch.float16)  # states but h are in fp32 then, and given and taken in the module's dtype
 _STEP, _LAYER, _BATCH_FIRST = range(3)
-_PLAIN: tuple[Any, ...] = (None, None, None, None)  # mask of resets, reset states, lengths
 _CELL_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 _FORWARD: dict[str, Any] = {
     "rnn_tanh": torch.nn.RNN.forward,
@@ -48,6 +46,7 @@ _choice = dispatch._choice
 
 _kernel: Any = None  # rnnkern._cpu.stack once it is known to be there, False where it is not
 _isa = ""
+_codes: dict[str, tuple[int, int, bool]] = {}  # the cells of the extension: number, gates, whether h is not all states
 
 
 @constant  # a trace must not enter imports
@@ -57,9 +56,11 @@ def _load() -> Any:
     exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
     if exchange is not None and dispatch.unavailable("cpp") is None:
         from rnnkern import _cpu
-        from rnnkern.backends.cpp import BACKEND
+        from rnnkern.backends.cpp import BACKEND, CELL_NUMBERS
 
         if _cpu.bind(exchange, Tensor, torch.nn.Parameter, torch.empty_like, torch.float32):
+            for name, number in CELL_NUMBERS.items():
+                _codes[name] = (number, len(CELLS[name].gates), len(CELLS[name].states) > 1)
             _kernel, _isa = _cpu.stack, BACKEND.isa
     return _kernel
 
@@ -112,32 +113,42 @@ def layer(module: Any, cell: str, input: Any, hx: Any) -> tuple[Any, ...] | None
         return _torchs(module, cell, input, hx)
     if module.training and module.dropout:
         return None
-    if hx is not None and cell != "lstm":
+    if hx is not None and len(CELLS[cell].states) == 1:
         hx = (hx,)
     kind, directions = _BATCH_FIRST if module.batch_first else _LAYER, 1 + module.bidirectional
     # None where a parametrization has replaced a parameter: it fits nothing.
     weights = map(module._parameters.get, module._flat_weights_names)
     out = _run(
-        module.bias, module.hidden_size, cell, kind, input, weights, module.proj_size, hx, module.num_layers, directions
-    )
+        cell, kind, module.hidden_size, module.proj_size, module.num_layers, directions, module._heads, module.bias,
+        input, hx, weights,
+    )  # fmt: skip
     if out is None:
         return None
-    y, h, c, _ = out
-    return (y, h) if c is None else (y, (h, c))
+    y, final, _ = out
+    return (y, final) if len(final) > 1 else (y, final[0])
 
 
-def step(module: Any, cell: str, input: Any, hx: Any) -> tuple[Any, ...] | None:
-    """RNNCell, LSTMCell or GRUCell: (h,) or (h, c), or None."""
+def step(
+    module: Any, cell: str, input: Any, hx: Any, heads: int = 0, gates: Callable[[Tensor], Tensor | None] | None = None
+) -> tuple[Any, ...] | None:
+    """A module of one step: its states after it, or None. `gates` makes pre-activations of the input, or None."""
     if _compiling() or type(input) is not Tensor or _closed():
         return None
     if _grad():
-        if input.dim() != 2 or not input.is_cpu:
+        what = cell + " cell"
+        if what not in _FORWARD or input.dim() != 2 or not input.is_cpu:
             return None
-        found = _torchs(module, f"{cell} cell", input, hx[0] if hx and cell != "lstm" else hx)
+        found = _torchs(module, what, input, hx[0] if hx and cell != "lstm" else hx)
         return found if found is None or cell == "lstm" else (found,)
     names = _CELL_NAMES if module.bias else _CELL_NAMES[:2]
-    out = _run(module.bias, module.hidden_size, cell, _STEP, input, map(module._parameters.get, names), 0, hx)
-    return out and (out[0:1] if out[2] is None else (out[0], out[2]))
+    weights: Iterable[Any] = map(module._parameters.get, names)
+    if gates is not None:
+        made = gates(input)
+        if made is None:
+            return None
+        input, weights = made, (w if name.endswith("hh") else None for name, w in zip(names, weights, strict=True))
+    out = _run(cell, _STEP, module.hidden_size, 0, 1, 1, heads, module.bias, input, hx, weights)
+    return out and out[1]
 
 
 def sequence(
@@ -151,31 +162,22 @@ def sequence(
     """
     n = 4 if bias else 2
     projected = cell == "lstm" and len(params) == layers * directions * (n + 1)
-    if type(input) is not Tensor or _closed() or len(params) < n or params[1].dim() != 2:
+    if type(input) is not Tensor or _closed() or len(params) < n or params[1].dim() != 1 + CELLS[cell].dense:
         return None
-    width = params[1].shape[1]
+    width = params[1].shape[-1]
     H, P = (params[n].shape[-1], width) if projected else (width, 0)
     kind = _BATCH_FIRST if batch_first else _LAYER
-    extra = _PLAIN
-    if lengths is not None or reset is not None or reset_state is not None:
-        if type(lengths) is list or type(lengths) is tuple:
-            lengths = _checks.integers(lengths)
-        elif type(lengths) is Tensor and lengths.dtype is torch.int32:
-            lengths = lengths.long()
-        if reset_state is not None and any(s is None for s in reset_state):
-            return None
-        h, c = (None, None) if reset_state is None else (*reset_state, None)[:2]
-        extra = (reset, h, c, lengths)
-    out = _run(bias, H, cell, kind, input, params, P, hx, layers, directions, extra, keep)
+    if type(lengths) is list or type(lengths) is tuple:
+        lengths = _checks.integers(lengths)
+    elif type(lengths) is Tensor and lengths.dtype is torch.int32:
+        lengths = lengths.long()
+    out = _run(
+        cell, kind, H, P, layers, directions, 0, bias, input, hx, params, reset, reset_state, lengths, keep
+    )  # fmt: skip
     if out is None:
         return None
-    y, h_n, c_n, states = out
-    return y, (h_n,) if c_n is None else (h_n, c_n), states or ()  # type: ignore[return-value]
-
-
-def _wide(c: Any, dtype: torch.dtype) -> Any:
-    """A c of this 16-bit dtype as the extension takes it; False, which it refuses: something else."""
-    return c if c is None else c.float() if type(c) is Tensor and c.dtype is dtype else False
+    y, final, states = out
+    return y, final, states or ()
 
 
 def one_step(
@@ -185,34 +187,24 @@ def one_step(
     w_hh, bias = weights[1], weights[2] is not None
     if type(input) is not Tensor or _closed() or w_hh is None or w_hh.dim() != 2 or bias != (weights[3] is not None):
         return None
-    out = _run(bias, w_hh.size(1), cell, _STEP, input, weights if bias else weights[:2], 0, hx)
-    return out and (out[0:1] if out[2] is None else (out[0], out[2]))  # type: ignore[return-value]
+    out = _run(cell, _STEP, w_hh.size(1), 0, 1, 1, 0, bias, input, hx, weights if bias else weights[:2])
+    return out and out[1]
 
 
 def _run(
-    bias: bool, H: int, cell: str, kind: int, input: Tensor, weights: Iterable[Any], P: int, hx: Any, layers: int = 1,
-    directions: int = 1, extra: tuple[Any, ...] = _PLAIN, keep: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[tuple[Tensor, ...], ...] | None] | None:  # fmt: skip
-    """(output, h_n, c_n, all states to `keep`, else None); a cell's h_n is its output, and None."""
+    cell: str, kind: int, H: int, P: int, layers: int, directions: int, heads: int, bias: bool, input: Tensor, hx: Any,
+    weights: Iterable[Any], reset: Any = None, reset_state: Any = None, lengths: Any = None, keep: bool = False,
+) -> tuple[Tensor, tuple[Tensor, ...], tuple[tuple[Tensor, ...], ...] | None] | None:  # fmt: skip
+    """(output, final states, all states to `keep`, else None)."""
     kernel = _load() if _kernel is None else _kernel
-    if not kernel or cell not in _CODES:
+    if not kernel or cell not in _codes:
         return None
-    number, gates = _CODES[cell]
-    h = c = None
-    narrow = cell == "lstm" and input.dtype in _NARROW
-    if hx is not None:
-        if type(hx) is not tuple or len(hx) != (2 if cell == "lstm" else 1):
-            return None
-        h = hx[0]
-        if cell == "lstm":
-            c = hx[1]
-            if h is None or c is None:  # the extension would take either for zeros
-                return None
+    number, gates, more = _codes[cell]
+    narrow = more and input.dtype in _NARROW
     if narrow:
-        c = _wide(c, input.dtype)
-        reset, reset_h, reset_c, lengths = extra
-        extra = (reset, reset_h, _wide(reset_c, input.dtype), lengths)
-    given = (_isa, number, gates, H, P, _threads(), kind, layers, directions, bias, keep, input, h, c, *extra, *weights)
+        hx, reset_state = _wide(hx, input.dtype), _wide(reset_state, input.dtype)
+    given = (_isa, number, gates, H, P, _threads(), kind, layers, directions, heads, bias, keep, input, hx, reset,
+             reset_state, lengths, *weights)  # fmt: skip
     if _profiling():
         with torch.profiler.record_function(_profile.label("cpp", cell, "layer_forward")):
             out = kernel(*given)
@@ -223,5 +215,17 @@ def _run(
     _choice.last = "cpp"
     if not narrow:
         return out
-    y, h_n, c_n, states = out
-    return y, h_n, c_n.to(input.dtype), states and tuple((h, c.to(input.dtype)) for h, c in states)
+    y, final, states = out
+    return y, _narrowed(final, input.dtype), states and tuple(_narrowed(kept, input.dtype) for kept in states)
+
+
+def _wide(states: Any, dtype: torch.dtype) -> Any:
+    """States of this 16-bit dtype as the extension takes them. It refuses False, which stands for something else."""
+    if type(states) is not tuple:
+        return states
+    rest = (s.float() if type(s) is Tensor and s.dtype is dtype else False for s in states[1:])
+    return (*states[:1], *rest)
+
+
+def _narrowed(states: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return (states[0], *(s.to(dtype) for s in states[1:]))

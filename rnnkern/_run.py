@@ -13,8 +13,9 @@ from torch.nn.functional import linear
 from rnnkern import dispatch
 from rnnkern._dynamo import constant
 from rnnkern._plan import Plan
-from rnnkern.backends.base import ScanInputs, ScanOutputs
+from rnnkern.backends.base import ScanInputs, ScanOutputs, accumulation_dtype
 from rnnkern.backends.reference import BACKEND as REFERENCE
+from rnnkern.cells import CELLS, Aux
 
 PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -112,6 +113,32 @@ def run_reference(plan: Plan, T: int, B: int, x: Tensor, args: tuple[Tensor, ...
     w_ih, b_ih = plan.projection(args)
     inputs = plan.inputs(T, B, project(x, w_ih, b_ih, plan.models), args)
     return inputs, REFERENCE.forward(inputs)
+
+
+def run_step(
+    cell: str, gx: Tensor, states: Sequence[Tensor], w_hh: Tensor, b_hh: Tensor | None, heads: int
+) -> tuple[Tensor, ...]:
+    """One step [B, G*H] in plain torch, with nothing of a scan around it: states but h are in the accumulation dtype.
+    With heads, these are the first dimension of the weights.
+    """
+    spec, dtype, wide = CELLS[cell], gx.dtype, accumulation_dtype(gx.dtype)
+    gates = len(spec.gates)
+    if heads:
+        gx, *states = (v.unflatten(1, (heads, -1)) for v in (gx, *states))
+        gh = torch.bmm(states[0].transpose(0, 1), w_hh.transpose(1, 2)).transpose(0, 1)
+    elif spec.dense:
+        gh = linear(states[0], w_hh, b_hh)
+    else:
+        gh = w_hh * (states[0] if gates == 1 else states[0].repeat(1, gates))
+    if b_hh is not None and (heads or not spec.dense):
+        gh = gh + b_hh
+    if dtype is not wide:
+        gx, gh, *states = (v.to(wide) for v in (gx, gh, *states))
+    x, h = ((v,) if gates == 1 else v.chunk(gates, -1) for v in (gx, gh))
+    new, _ = spec.step(x, h, tuple(states), Aux({}, {}, 0.0))
+    if heads:
+        new = tuple(v.flatten(1) for v in new)
+    return new if dtype is wide else (new[0].to(dtype), *new[1:])
 
 
 def scan_arguments(inputs: ScanInputs) -> tuple[Any, ...]:

@@ -11,13 +11,15 @@ from torch import Tensor
 
 from rnnkern import _call, dispatch
 from rnnkern._options import PLAIN, Extended, Options
-from rnnkern._stack import Stack
+from rnnkern._stack import BatchNormed, Beyond, Heads, Step
 from rnnkern.backends.base import accumulation_dtype
 from rnnkern.beyond import MGU, SLSTM, IndRNN, LiGRU
+from rnnkern.beyond_cells import IndRNNCell, LiGRUCell, MGUCell, SLSTMCell
 from rnnkern.cells import CELLS
 from rnnkern.convert import PAIRS
 
-KINDS = (*(theirs for theirs, _ in PAIRS), MGU, IndRNN, LiGRU, SLSTM)
+_BEYOND = (MGU, IndRNN, LiGRU, SLSTM, MGUCell, IndRNNCell, LiGRUCell, SLSTMCell)
+KINDS = (*(theirs for theirs, _ in PAIRS), *_BEYOND)
 FORWARDS = [kind.forward for kind in (*KINDS, *(ours for _, ours in PAIRS))]
 FORMS = {None: 0, "bf16": 1, "int8": 2}  # how weights are kept; the numbers are csrc/api.h's
 WIDEST = 1 << 16  # along a sum of int8: more might not fit the 32 bits that csrc/generic/forms-inl.h adds them up in
@@ -68,18 +70,18 @@ class Shape:
             options = replace(
                 m.options, recurrent_dropout=0.0, recurrent_dropout_mode="sequence", weight_dropout=0.0, grad_clip=0.0
             )
-        is_cell = isinstance(m, torch.nn.RNNCellBase)
+        is_cell = isinstance(m, (torch.nn.RNNCellBase, Step))
         if isinstance(m, (torch.nn.RNN, torch.nn.RNNCell)):
             relu = m.mode == "RNN_RELU" if isinstance(m, torch.nn.RNN) else m.nonlinearity == "relu"
             cell = "rnn_relu" if relu else "rnn_tanh"
-        elif isinstance(m, Stack):
+        elif isinstance(m, Beyond):
             cell = m._cell
         else:
             cell = "lstm" if kind.__name__.startswith("LSTM") else "gru"
         P = 0 if is_cell else m.proj_size
         layers, batch_first = (1, False) if is_cell else (m.num_layers, m.batch_first)
         sizes = m.input_size, m.hidden_size, P or m.hidden_size
-        heads = m.num_heads if isinstance(m, SLSTM) else 0
+        heads = m.num_heads if isinstance(m, Heads) else 0
         return cls(cell, layers, *sizes, is_cell, batch_first, options, heads)
 
     def sizes(self, B: int) -> tuple[tuple[int, int, int], ...]:
@@ -131,7 +133,7 @@ def snapshot(
             raise RuntimeError(f"Stream: expected weights of shapes {sizes} in layer {k}, got {found}")
         if heads:
             weights, biases = ([t if t is None else t.flatten(0, 1) for t in part] for part in (weights, biases))
-        if isinstance(module, LiGRU) and module.batch_norm:
+        if isinstance(module, BatchNormed) and module.batch_norm:
             weights[0], biases[0] = module._folded(suffix, wide)
         scales: list[Tensor | None] = [None, None, None]
         for i, w in enumerate(weights):

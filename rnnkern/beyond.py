@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn.functional import batch_norm, linear
 from torch.nn.utils.rnn import PackedSequence
 
 from rnnkern import functional
+from rnnkern._fast import layer as short_layer
 from rnnkern._options import Extended
-from rnnkern._run import real, unwatched
-from rnnkern._stack import Stack
-from rnnkern.autograd import Group
-from rnnkern.backends.base import accumulation_dtype
+from rnnkern._stack import BatchNormed, Heads, Independent, Stack
 from rnnkern.nn import one_state, sequence
 
 __all__ = ["MGU", "SLSTM", "IndRNN", "LiGRU"]
 
 
-def _not_scriptable(self: torch.nn.Module) -> None:
-    """What torch.jit.script asks for, to compile it in place of a module."""
-    raise RuntimeError(f"torch.jit.script cannot compile rnnkern.{type(self).__name__}; torch.export can follow it")
-
-
 class _OneState(Extended, Stack):
     """A stack whose cell has one state."""
-
-    __prepare_scriptable__ = _not_scriptable
 
     def forward(
         self,
@@ -101,7 +89,7 @@ class MGU(_OneState):
     _cell = "mgu"
 
 
-class IndRNN(_OneState):
+class IndRNN(Independent, _OneState):  # type: ignore[override]
     r"""Independently recurrent network (Li et al. 2018, "Independently recurrent neural network (IndRNN): building a
     longer and deeper RNN"): a unit sees of `h` itself alone, and layers mix them.
 
@@ -145,27 +133,8 @@ class IndRNN(_OneState):
         >>> output, hn = rnn(torch.randn(5, 3, 10))
     """
 
-    def __init__(self, *args: Any, nonlinearity: str = "relu", **kwargs: Any) -> None:
-        if nonlinearity not in ("relu", "tanh"):
-            raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
-        self.nonlinearity = nonlinearity  # says which cell this is
-        super().__init__(*args, **kwargs)
 
-    @property
-    def _cell(self) -> str:  # type: ignore[override]
-        return f"indrnn_{self.nonlinearity}"
-
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        for name in self._flat_weights_names:
-            if name.startswith("weight_hh"):
-                torch.nn.init.uniform_(getattr(self, name))
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + ("" if self.nonlinearity == "relu" else f", nonlinearity={self.nonlinearity}")
-
-
-class LiGRU(_OneState):
+class LiGRU(BatchNormed, _OneState):
     r"""Light gated recurrent unit (Ravanelli et al. 2018, "Light gated recurrent units for speech recognition"): a GRU
     without reset gate, with ReLU, and with batch normalisation of the input's side.
 
@@ -215,81 +184,13 @@ class LiGRU(_OneState):
         >>> output, hn = rnn(torch.randn(5, 3, 10))
     """
 
-    _cell = "ligru"
-    momentum, eps = 0.1, 1e-5
-
     def __init__(self, *args: Any, batch_norm: bool = True, **kwargs: Any) -> None:
-        self.batch_norm = False  # there is nothing of it yet
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, batch_norm=batch_norm, **kwargs)
         if batch_norm and self.layer_norm:
             raise ValueError("layer_norm: LiGRU normalises over the batch; with batch_norm=False it can over the layer")
-        self.batch_norm = batch_norm
-        if not batch_norm:
-            return
-        like = self.all_weights[0][0].detach()
-        for end in self._ends(range(self.num_layers)):
-            self.register_parameter("bn_ih" + end, torch.nn.Parameter(like.new_ones(like.shape[0])))
-            self.register_buffer("bn_mean" + end, like.new_zeros(like.shape[0]))
-            self.register_buffer("bn_var" + end, like.new_ones(like.shape[0]))
-
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        for end in self._ends(range(self.num_layers if self.batch_norm else 0)):
-            for name, value in (("bn_ih", 1.0), ("bn_mean", 0.0), ("bn_var", 1.0)):
-                torch.nn.init.constant_(getattr(self, name + end), value)
-
-    @property
-    def _project(self) -> Any:
-        return self._normalised if self.batch_norm else None
-
-    def _normalised(
-        self, k: int, x: Tensor, groups: Sequence[Group], exist: Tensor | None
-    ) -> tuple[Tensor, Sequence[Group]]:
-        """What _call.stack asks of a projection."""
-        columns, rest = [], []
-        if exist is not None:  # nothing is known of padding, and NaN times a gradient of 0 is NaN
-            x = x.masked_fill(~exist.unsqueeze(1), 0)
-        for end, (w_ih, b_ih, params) in zip(self._ends([k]), groups, strict=True):
-            assert w_ih is not None
-            gain, mean, var = (getattr(self, name + end) for name in ("bn_ih", "bn_mean", "bn_var"))
-            product = linear(x, w_ih)
-            if exist is None or not self.training:
-                gx = batch_norm(product, mean, var, gain, None, self.training, self.momentum, self.eps)
-            else:
-                gx = self._over_existing(product, exist.unsqueeze(1), mean, var) * gain
-            columns.append((gx if b_ih is None else gx + b_ih).to(x.dtype))
-            rest.append(Group(None, None, params))
-        return torch.stack(columns, 1), rest
-
-    def _folded(self, end: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """`weight_ih` and `bias_ih` that have normalisation by the running estimates in them."""
-        names = ("weight_ih", "bn_ih", "bn_mean", "bn_var")
-        weight, gain, mean, var = (getattr(self, name + end).detach().to(dtype) for name in names)
-        scale = gain * (var + self.eps).rsqrt()
-        shift = -mean * scale
-        bias = getattr(self, "bias_ih" + end, None)
-        return weight * scale.unsqueeze(1), shift if bias is None else shift + bias.detach().to(dtype)
-
-    def _over_existing(self, product: Tensor, exist: Tensor, mean: Tensor, var: Tensor) -> Tensor:
-        """Batch normalisation of the rows that exist; without looking for them, which would wait for a GPU."""
-        product = product.to(accumulation_dtype(product.dtype))
-        rows = exist.sum()
-        if exist.is_cpu and unwatched() and real((product, exist)) and rows == 1:
-            raise ValueError("Expected more than 1 value per channel when training, got one row that exists")
-        count = rows.clamp_min(1).to(product.dtype)
-        centre = product.masked_fill(~exist, 0).sum(0) / count
-        spread = (product - centre).masked_fill(~exist, 0).square().sum(0) / count
-        with torch.no_grad():
-            moved = self.momentum * (rows > 0).to(mean.dtype)  # by no rows, not at all
-            mean.lerp_(centre.to(mean.dtype), moved)
-            var.lerp_((spread * (count / (count - 1).clamp_min(1))).to(var.dtype), moved)
-        return (product - centre) * (spread + self.eps).rsqrt()
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + ("" if self.batch_norm else ", batch_norm=False")
 
 
-class SLSTM(Extended, Stack):
+class SLSTM(Heads, Extended, Stack):
     r"""sLSTM, the cell of xLSTM with a scalar memory (Beck et al. 2024, "xLSTM: extended long short-term memory",
     section 2.2): an LSTM whose input gate is an exponential, with a normaliser `n` and heads.
 
@@ -352,28 +253,6 @@ class SLSTM(Extended, Stack):
         >>> output, (hn, cn, nn, mn) = rnn(torch.randn(5, 3, 10))
     """
 
-    __prepare_scriptable__ = _not_scriptable
-    _cell = "slstm"
-
-    def __init__(self, *args: Any, num_heads: int = 1, **kwargs: Any) -> None:
-        self.num_heads = self._heads = num_heads
-        super().__init__(*args, **kwargs)
-
-    def _shapes(self, k: int) -> dict[str, tuple[int, ...]]:
-        H, heads = self.hidden_size, self.num_heads
-        if not isinstance(heads, int) or isinstance(heads, bool) or heads < 1 or H % heads:
-            raise ValueError(f"num_heads: expected a divisor of hidden_size {H}, got {heads!r}")
-        shapes = super()._shapes(k)
-        shapes["weight_hh"] = (4 * H, H // heads)
-        return {name: (heads, rows // heads, *rest) for name, (rows, *rest) in shapes.items()}
-
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        for name in self._flat_weights_names:
-            if name.startswith("bias_ih"):
-                of_f = getattr(self, name).detach().chunk(4, 1)[1]
-                of_f.copy_(torch.linspace(3, 6, of_f.shape[1], device=of_f.device, dtype=of_f.dtype))
-
     def forward(
         self,
         input: Tensor | PackedSequence,
@@ -385,8 +264,9 @@ class SLSTM(Extended, Stack):
         return_states: bool = False,
     ) -> tuple[Any, ...]:
         states = functional.four_states("hx", hx)
+        if lengths is None and reset is None and reset_state is None and not return_states:
+            short = short_layer(self, self._cell, input, states)
+            if short is not None:
+                return short
         restart = functional.four_states("reset_state", reset_state)
         return sequence(self, self._cell, input, states, lengths, reset, restart, return_states)
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + ("" if self.num_heads == 1 else f", num_heads={self.num_heads}")

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from rnnkern import nn
 from rnnkern._options import PLAIN, Extended
-from rnnkern._stack import Stack
+from rnnkern._stack import Beyond
 
 log = logging.getLogger("rnnkern")
 
@@ -132,7 +132,7 @@ def _swap(module: torch.nn.Module, old: type, new: type) -> bool:
 
 def _beyond_torch(module: torch.nn.Module) -> str | None:
     """What in one of our modules torch.nn lacks; None if nothing, or if the module is not ours."""
-    if isinstance(module, Stack):
+    if isinstance(module, Beyond):
         return f"torch.nn has no {type(module).__name__}"
     if isinstance(module, Extended):
         memory = "" if module.memory == "save" else f", memory={module.memory!r}"

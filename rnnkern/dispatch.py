@@ -219,6 +219,15 @@ def wants_torch(
     return unavailable("cpp") is not None and _torch_is_faster(dtype, cell, batch, packed)
 
 
+def wants_operations(cell: str) -> bool:
+    """The same for a step of a cell that torch does not have, with a gradient to come: a custom function would take two
+    to five times as long as what autograd makes of its equations.
+    """
+    if cell in TORCHS or _choice.requested is not None:
+        return False
+    return torch.is_grad_enabled() and not torch.compiler.is_exporting()
+
+
 def goes_elsewhere() -> bool:
     """Whether a graph is being made that will run where rnnkern is not."""
     return torch._C._get_tracing_state() is not None or to_onnx()

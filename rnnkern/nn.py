@@ -336,7 +336,7 @@ class RNNCell(torch.nn.RNNCell):
         short = _fast.step(self, f"rnn_{self.nonlinearity}", input, None if hx is None else (hx,))
         if short is not None:
             return short[0]
-        return _step(self, f"rnn_{self.nonlinearity}", "RNNCell", input, None if hx is None else (hx,))[0]
+        return step(self, f"rnn_{self.nonlinearity}", "RNNCell", input, None if hx is None else (hx,))[0]
 
 
 class LSTMCell(torch.nn.LSTMCell):
@@ -391,7 +391,7 @@ class LSTMCell(torch.nn.LSTMCell):
         short = _fast.step(self, "lstm", input, hx)
         if short is not None:
             return short
-        h, c = _step(self, "lstm", "LSTMCell", input, None if hx is None else tuple(hx))
+        h, c = step(self, "lstm", "LSTMCell", input, None if hx is None else tuple(hx))
         return h, c
 
 
@@ -445,7 +445,7 @@ class GRUCell(torch.nn.GRUCell):
         short = _fast.step(self, "gru", input, None if hx is None else (hx,))
         if short is not None:
             return short[0]
-        return _step(self, "gru", "GRUCell", input, None if hx is None else (hx,))[0]
+        return step(self, "gru", "GRUCell", input, None if hx is None else (hx,))[0]
 
 
 def _weight(module: torch.nn.Module, name: str) -> Any:
@@ -510,9 +510,11 @@ def sequence(
     return (output, final, kept) if return_states else (output, final)
 
 
-def _step(
-    module: torch.nn.RNNCellBase, cell: str, title: str, input: Tensor, hx: tuple[Tensor, ...] | None
-) -> tuple[Tensor, ...]:
+def step(
+    module: torch.nn.Module, cell: str, title: str, input: Tensor, hx: tuple[Tensor, ...] | None, heads: int = 0,
+    project: _call.Projection | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """A cell's forward where it has no short way: its states after the step."""
     _checks.step_rank(title, input, hx)
-    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-    return _call.run_cell(cell, title, input, hx, *(_weight(module, name) for name in names))
+    w_ih, w_hh, b_ih, b_hh = (_weight(module, name) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+    return _call.run_cell(cell, title, input, hx, w_ih, w_hh, b_ih, b_hh, heads, project)

@@ -23,10 +23,9 @@ class Stream:
     running estimates) without gradients. Weights that change in the module later do not matter until :meth:`refresh`.
 
     Args:
-        module: an RNN, LSTM, GRU, RNNCell, LSTMCell or GRUCell of torch.nn or rnnkern, or an MGU, IndRNN, LiGRU or
-            SLSTM; not bidirectional, without forward hooks. Any number of layers and heads, `proj_size`, with or
-            without bias. With rnnkern's options too, as they are in evaluation: `zoneout` is its fixed mixture,
-            dropouts are none.
+        module: an RNN, LSTM, GRU, MGU, IndRNN, LiGRU or SLSTM or a cell of them, of torch.nn or rnnkern; not
+            bidirectional, without forward hooks. Any number of layers and heads, `proj_size`, with or without bias.
+            With rnnkern's options too, as they are in evaluation: `zoneout` is its fixed mixture, dropouts are none.
         batch_size: number of streams that run side by side, each with states of its own. Default: 1
         dtype: dtype of inputs, outputs and states. Default: that of the module's weights
         weights: how the weight matrices are kept: ``None`` as in `dtype`; ``"bf16"``; ``"int8"``, symmetric with a

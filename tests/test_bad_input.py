@@ -199,6 +199,22 @@ def test_cell_call(kind: str, case: str) -> None:
     assert_same_error(kind, *arguments)
 
 
+@pytest.mark.parametrize("gradient", [True, False])
+@pytest.mark.parametrize("kind", ["MGUCell", "IndRNNCell", "LiGRUCell", "SLSTMCell"])
+def test_call_of_a_cell_that_torch_does_not_have(kind: str, gradient: bool) -> None:
+    """In the words of the one of torch's that has its form."""
+    theirs, cell = "LSTMCell" if kind == "SLSTMCell" else "GRUCell", getattr(rnnkern, kind)(I, H).eval()
+    for case, arguments in CELL_INPUTS.items():
+        given = arguments(theirs)
+        raised, words = error(lambda given=given: module(torch.nn, theirs)(*given))
+        if kind == "SLSTMCell":
+            given = (given[0], *(h + h for h in given[1:]))  # four states
+        with torch.set_grad_enabled(gradient):
+            assert error(lambda given=given: cell(*given)) == (raised, words.replace(theirs, kind)), case
+        with pytest.raises(RuntimeError, match=f"{kind}: input and weights must have the same dtype"):
+            cell(X[0].double())
+
+
 @pytest.mark.parametrize("kind", CELLS)
 def test_cell_dtypes_and_devices(kind: str) -> None:
     """Where torch says "mat1 and mat2 must have the same dtype", of tensors that the caller has never seen."""

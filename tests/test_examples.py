@@ -229,12 +229,14 @@ def test_translation_baseline_and_measure(sequence: Any) -> None:
 def test_language_is_tested_on_messages_like_no_other(sequence: Any) -> None:
     module = sequence("language")
     runs = sys.modules["catalogues"].runs
-    train, test = module.texts("nb")
-    assert len(train) > 400 and len(test) > 50 and "ja nei kanskje" in [*train, *test]
-    known = [runs(text) for text in train]
-    for text in test:
-        own = runs(text)
-        assert text not in train and all(2 * len(own & its) < len(own | its) for its in known)
+    (train, validation), (known, test) = module.texts("nb", True), module.texts("nb", False)
+    assert len(train) > 300 and len(validation) > 50 and len(test) > 50 and "ja nei kanskje" in [*known, *test]
+    assert set(train) < set(known) and set(validation) < set(known)
+    for learned, asked in ((train, validation), (known, test)):
+        all_runs = [runs(text) for text in learned]
+        for text in asked:
+            own = runs(text)
+            assert text not in learned and all(2 * len(own & its) < len(own | its) for its in all_runs)
     asked = module.snippets([test, ["short", "long enough"]], 10, 5)
     assert [language for _, language in asked] == [0] * 5 + [1] * 5
     assert all(len(text) == 10 and any(text in whole for whole in test) for text, language in asked if not language)

@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from states import natural
 from tolerance import check
 from torch.utils._pytree import tree_leaves, tree_map
+from written_out import KINDS
 
 import rnnkern
 from rnnkern import _cpu, _fast, dispatch
+from rnnkern.cells import CELLS
 
 if not _fast.available():
     pytest.skip("the extension is not there, or this torch's tensors are not known to it", allow_module_level=True)
@@ -61,6 +64,37 @@ def test_stacks(kind: str, dtype: torch.dtype, calls: list[bool]) -> None:
             ):
                 check(flat(mine), flat(yardstick), flat(truth), str(options))
     assert calls and all(calls) and dispatch.last() == "cpp"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_cells_that_torch_does_not_have(kind: str, dtype: torch.dtype, calls: list[bool]) -> None:
+    """Layers of them, and one step; the yardstick is the reference. Batch norm's products are made by torch, and of
+    layers only in the general way."""
+    name, given, _ = KINDS[kind]
+    states = CELLS[rnnkern.__dict__[name](1, 6, **given)._cell]
+    for B, bias, two in product((1, 4), (True, False), (False, True)):
+        modules = [getattr(rnnkern, f"{name}Cell")(3, 12, bias=bias, **given)]
+        if kind != "LiGRU":
+            modules.append(getattr(rnnkern, name)(3, 12, 2, bias=bias, bidirectional=two, **given))
+        for module in modules:
+            module = module.to(dtype).eval()
+            shape = (B,) if module is modules[0] else (4 if two else 2, B)
+            x = torch.randn(*((B,) if module is modules[0] else (5, B)), 3).to(dtype)
+            hx = natural(states, [torch.randn(*shape, 12).to(dtype) for _ in states.states])
+            for start in (None, hx):
+
+                def run(module: Any, dtype: torch.dtype, start: Any = start, x: torch.Tensor = x) -> list[torch.Tensor]:
+                    wide = start and tuple(h.to(dtype) for h in start)
+                    return tree_leaves(module(x.to(dtype), wide if wide is None or len(wide) > 1 else wide[0]))
+
+                with torch.no_grad():
+                    found = run(module, dtype)
+                    assert calls.pop() and not calls
+                    with rnnkern.use_backend("reference"):
+                        yardstick, truth = run(module, dtype), run(copy.deepcopy(module).double(), torch.float64)
+                assert all(v.dtype == dtype for v in found)
+                check(found, yardstick, truth, f"{kind} {B=} {bias=} {two=}")
 
 
 @pytest.mark.parametrize("T, B, taken", [(5, 1, True), (1, 4, True), (5, 4, False)])

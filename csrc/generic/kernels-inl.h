@@ -41,26 +41,32 @@ struct ModeOf<bf16> {
 #endif
 
 // The one place that goes from run-time cell and dtype to their types.
+template <template <class, class> class Driver, class M, Cell kCell, class Type, class Call>
+static void run_as(const Call& call) {
+  static_assert(Type::kStates == states_of(kCell) && Type::kDiagonal == is_diagonal(kCell), "api.h says otherwise");
+  Driver<Type, M>::run(call);
+}
+
 template <template <class, class> class Driver, class M, class Call>
 static void run_cell(const Call& call) {
   switch (call.cell) {
     case Cell::rnn_tanh:
-      return Driver<Rnn<false>, M>::run(call);
+      return run_as<Driver, M, Cell::rnn_tanh, Rnn<false>>(call);
     case Cell::rnn_relu:
-      return Driver<Rnn<true>, M>::run(call);
+      return run_as<Driver, M, Cell::rnn_relu, Rnn<true>>(call);
     case Cell::lstm:
-      return Driver<Lstm, M>::run(call);
+      return run_as<Driver, M, Cell::lstm, Lstm>(call);
     case Cell::gru:
-      return Driver<Gru, M>::run(call);
+      return run_as<Driver, M, Cell::gru, Gru>(call);
     case Cell::mgu:
-      return Driver<Mgu, M>::run(call);
+      return run_as<Driver, M, Cell::mgu, Mgu>(call);
     case Cell::indrnn_tanh:
-      return Driver<IndRnn<false>, M>::run(call);
+      return run_as<Driver, M, Cell::indrnn_tanh, IndRnn<false>>(call);
     case Cell::indrnn_relu:
-      return Driver<IndRnn<true>, M>::run(call);
+      return run_as<Driver, M, Cell::indrnn_relu, IndRnn<true>>(call);
     case Cell::ligru:
-      return Driver<LiGru, M>::run(call);
+      return run_as<Driver, M, Cell::ligru, LiGru>(call);
     case Cell::slstm:
-      return Driver<SLstm, M>::run(call);
+      return run_as<Driver, M, Cell::slstm, SLstm>(call);
   }
 }
