@@ -34,7 +34,7 @@ SCAN = dispatch.backend("triton")
 DRIVERS = ("batch_parallel", "per_step")  # persistent programs wait for each other: test_triton_persistent.py
 # What only per_step does: its steps are the slowest here, so these have a few cases that are chosen.
 ALONE = [cell for cell in STEPS if len(CELLS[cell].states) > 2]
-TESTED = [cell for cell in STEPS if cell not in ("indrnn_tanh", *ALONE)]  # that differs in an activation, as RNN's do
+TESTED = [cell for cell in STEPS if cell not in ("indrnn_tanh", *ALONE)]  # IndRNN's two differ as RNN's do
 DENSE = [cell for cell in TESTED if CELLS[cell].dense]
 AXES: dict[str, list] = {
     "T": [1, 2, 3, 4, 5, 6],
