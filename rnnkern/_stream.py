@@ -180,7 +180,7 @@ class Functional:
         self._busy.release()
 
     def pack(self, *flat: Tensor | None) -> bool:
-        weights = []
+        weights: list[Tensor] = []
         per = len(flat) // self.shape.layers
         for k in range(0, len(flat), per):
             w_ih, w_hh, b_ih, b_hh, w_hr = flat[k : k + 5]

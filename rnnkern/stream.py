@@ -210,7 +210,9 @@ class Stream:
             raise ValueError(f"Stream: expected a state of {len(sizes)} tensors, got {len(states)}")
         for state, size in zip(states, sizes, strict=True):
             self._expect(state, size[1:] if self._shape.is_cell else size, "state")
-        self._engine.write(None, *(_plain(s).view(size) for s, size in zip(states, sizes, strict=True)))
+        plain = (_plain(s).view(size) for s, size in zip(states, sizes, strict=True))
+        if not self._engine.write(None, *plain):
+            raise TypeError("Stream: a state without numbers to read (of a transform or a trace?)")
 
     def _expect(self, value: Any, size: tuple[int, ...], name: str) -> None:
         if not isinstance(value, Tensor):

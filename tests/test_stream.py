@@ -556,6 +556,8 @@ def test_other_bad_calls(engine: str) -> None:
         stream.reset([5])
     with pytest.raises(TypeError, match="no numbers to read"):
         torch.func.vmap(stream.step)(torch.zeros(2, 3, 6)) if engine != "reference" else pytest.skip("it can")
+    with pytest.raises(TypeError, match="a state without numbers to read"):
+        torch.func.vmap(lambda h: setattr(stream, "state", (h, zeros)))(torch.zeros(2, 1, 3, 20))
 
 
 @pytest.mark.parametrize("hidden", [6, 20])
