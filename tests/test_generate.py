@@ -339,9 +339,9 @@ OTHERS: dict[str, tuple[str, int, dict[str, Any]]] = {  # class, hidden size, fu
 @pytest.mark.parametrize("embedding", ["embedding", "one-hot", "many"])
 def test_cells_that_torch_does_not_have(kind: str, embedding: str, engine: str) -> None:
     """With what all others are tested with: written, drawn and searched as the network's own steps do it."""
-    name, H, options = OTHERS[kind]
+    module, H, options = OTHERS[kind]
     V, I = 300 if embedding == "many" else 40, 40 if embedding == "one-hot" else 6
-    rnn = getattr(rnnkern, name)(I, H, 2, **options).double()
+    rnn = getattr(rnnkern, module)(I, H, 2, **options).double()
     for name, value in rnn.state_dict().items():
         value.uniform_(0.5, 0.9) if name.startswith("bn_var") else value.normal_(std=0.5)
     made = (None if embedding == "one-hot" else nn.Embedding(V, I).double(), rnn.eval(), nn.Linear(H, V).double())
