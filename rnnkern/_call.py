@@ -362,6 +362,7 @@ def _step_in_torch(
     cell: str, input: Tensor, hx: States | None, weights: Sequence[Tensor], H: int, heads: int,
     project: Projection | None,
 ) -> States:  # fmt: skip
+    """Of `run_cell`, where autograd follows the equations."""
     dispatch.ran("reference")
     w_ih, w_hh, *biases = weights
     b_ih, b_hh = biases or (None, None)
@@ -380,6 +381,7 @@ def _step_as_scan(
     cell: str, input: Tensor, hx: States | None, weights: Sequence[Tensor], H: int, heads: int,
     project: Projection | None,
 ) -> States:  # fmt: skip
+    """Of `run_cell`, on a backend."""
     hx = hx and tuple(h.unsqueeze(0) for h in hx)
     groups, per = heads or 1, len(weights)
     if heads:

@@ -220,8 +220,8 @@ def wants_torch(
 
 
 def wants_operations(cell: str) -> bool:
-    """The same for a step of a cell that torch does not have, with a gradient to come: a custom function would take two
-    to five times as long as what autograd makes of its equations.
+    """Whether autograd follows the equations of a step of a cell that torch does not have: with a gradient to come, one
+    custom function costs more than all of torch's operations in them.
     """
     if cell in TORCHS or _choice.requested is not None:
         return False

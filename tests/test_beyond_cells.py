@@ -62,6 +62,7 @@ def test_is_one_step_of_the_loop(kind: str, bias: bool, backend: str) -> None:
         hx = hx if given else tuple(torch.zeros_like(h) for h in hx)
         with rnnkern.use_backend(chosen):
             ours = flat(cell(x, bare(hx) if given else None))
+        assert rnnkern.dispatch.last() == (chosen or "reference")  # of which autograd follows the equations
         theirs = truth(kind, layer, x, hx)
         check(ours, theirs, theirs, f"{kind} {rows=}")
         for one, other in zip(cell.buffers(), layer.buffers(), strict=True):

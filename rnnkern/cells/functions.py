@@ -1,4 +1,4 @@
-"""Derivatives and normalisation shared by the reference steps.
+"""Derivatives, masks and normalisation shared by the reference steps.
 
 Derivatives take the activation's output, not its argument: a step saves what it computed, and no kernel needs more.
 A name that begins with t is a tangent: t_d_sigmoid is how d_sigmoid moves when y moves by t.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from rnnkern.cells.spec import Aux
 
 
 def d_sigmoid(y: Tensor) -> Tensor:
@@ -39,6 +41,12 @@ def clip(v: Tensor, bound: float) -> Tensor:
 def d_clip(d: Tensor, v: Tensor, bound: float) -> Tensor:
     """The gradient at v of ``clip(v, bound)``."""
     return torch.where(v.abs() <= bound, d, 0) if bound else d
+
+
+def kept(v: Tensor, aux: Aux) -> Tensor:
+    """A candidate, or what a mask leaves of it."""
+    keep = aux.noise.get("candidate")
+    return v if keep is None else v * keep
 
 
 def normalise(v: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import torch
 
-from rnnkern.cells.functions import d_sigmoid, d_tanh, t_d_sigmoid, t_d_tanh
+from rnnkern.cells.functions import d_sigmoid, d_tanh, kept, t_d_sigmoid, t_d_tanh
 from rnnkern.cells.spec import Aux, Jacobian, Row, StepGrads
 
 
 def step(gx: Row, gh: Row, states: Row, aux: Aux) -> tuple[Row, Row]:
-    h0, keep = states[0], aux.noise.get("candidate", 1)
+    h0 = states[0]
     r = torch.sigmoid(gx[0] + gh[0])
     z = torch.sigmoid(gx[1] + gh[1])
     hn = gh[2]
     n = torch.tanh(gx[2] + r * hn)
-    h = n * keep + z * (h0 - n * keep)
+    m = kept(n, aux)
+    h = m + z * (h0 - m)
     return (h,), (r, z, n, hn)
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from rnnkern.cells.functions import d_relu, d_sigmoid, t_d_sigmoid
+from rnnkern.cells.functions import d_relu, d_sigmoid, kept, t_d_sigmoid
 from rnnkern.cells.spec import Aux, Jacobian, Row, StepGrads
 
 
 def step(gx: Row, gh: Row, states: Row, aux: Aux) -> tuple[Row, Row]:
-    h0, keep = states[0], aux.noise.get("candidate", 1)
+    h0 = states[0]
     z = torch.sigmoid(gx[0] + gh[0])
     n = torch.relu(gx[1] + gh[1])
-    h = n * keep + z * (h0 - n * keep)
+    m = kept(n, aux)
+    h = m + z * (h0 - m)
     return (h,), (z, n)
 
 

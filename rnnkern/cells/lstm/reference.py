@@ -5,19 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rnnkern.cells.functions import clip, d_clip, d_normalise, d_sigmoid, d_tanh, normalise, t_d_sigmoid, t_d_tanh
+from rnnkern.cells.functions import clip, d_clip, d_normalise, d_sigmoid, d_tanh, kept, normalise, t_d_sigmoid, t_d_tanh
 from rnnkern.cells.spec import Aux, Jacobian, Row, StepGrads
 
 
 def step(gx: Row, gh: Row, states: Row, aux: Aux) -> tuple[Row, Row]:
-    p, c0, keep = aux.params, states[1], aux.noise.get("candidate", 1)
+    p, c0 = aux.params, states[1]
     ai, af, ag, ao = (x + h for x, h in zip(gx, gh, strict=True))
     if "peephole_i" in p:
         ai, af = ai + p["peephole_i"] * c0, af + p["peephole_f"] * c0
     i = torch.sigmoid(ai)
     f = torch.sigmoid(af)
     g = torch.tanh(ag)
-    c = clip(f * c0 + i * (g * keep), aux.cell_clip)
+    c = clip(f * c0 + i * kept(g, aux), aux.cell_clip)
     o = torch.sigmoid(ao + p["peephole_o"] * c if "peephole_o" in p else ao)
     h = o * torch.tanh(_output(c, aux)[0])
     return (h, c), (i, f, g, o)

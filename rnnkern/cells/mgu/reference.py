@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from rnnkern.cells.functions import d_sigmoid, d_tanh, t_d_sigmoid, t_d_tanh
+from rnnkern.cells.functions import d_sigmoid, d_tanh, kept, t_d_sigmoid, t_d_tanh
 from rnnkern.cells.spec import Aux, Jacobian, Row, StepGrads
 
 
 def step(gx: Row, gh: Row, states: Row, aux: Aux) -> tuple[Row, Row]:
-    h0, keep = states[0], aux.noise.get("candidate", 1)
+    h0 = states[0]
     f = torch.sigmoid(gx[0] + gh[0])
     hn = gh[1]
     n = torch.tanh(gx[1] + f * hn)
-    h = h0 + f * (n * keep - h0)
+    h = h0 + f * (kept(n, aux) - h0)
     return (h,), (f, n, hn)
 
 

@@ -7,12 +7,12 @@ import math
 import torch
 from torch.nn.functional import logsigmoid
 
-from rnnkern.cells.functions import d_sigmoid, d_tanh, t_d_sigmoid, t_d_tanh
+from rnnkern.cells.functions import d_sigmoid, d_tanh, kept, t_d_sigmoid, t_d_tanh
 from rnnkern.cells.spec import Aux, Jacobian, Row, StepGrads
 
 
 def step(gx: Row, gh: Row, states: Row, aux: Aux) -> tuple[Row, Row]:
-    (_, c0, n0, m0), keep = states, aux.noise.get("candidate", 1)
+    _, c0, n0, m0 = states
     ai, af, az, ao = (x + h for x, h in zip(gx, gh, strict=True))
     z = torch.tanh(az)
     o = torch.sigmoid(ao)
@@ -20,7 +20,7 @@ def step(gx: Row, gh: Row, states: Row, aux: Aux) -> tuple[Row, Row]:
     b = logsigmoid(af) + m0
     d = torch.where(n0 == 0, -math.inf, b - ai)
     i, f = torch.exp(-torch.relu(d)), torch.exp(d.clamp(max=0))
-    c = f * c0 + i * (z * keep)
+    c = f * c0 + i * kept(z, aux)
     n = f * n0 + i
     m = torch.where(d > 0, b, torch.where(d <= 0, ai, d))
     return (o * (c / n), c, n, m), (z, o, r, d)
