@@ -237,7 +237,8 @@ class Stream:
         mask = torch.zeros(B, dtype=torch.bool)
         if given.shape == (0,):
             return mask
-        if given.dtype not in _checks.INTEGERS or given.dim() != 1:
+        # uint8 was torch's mask before it had bool, and would be read as rows 0 and 1
+        if given.dtype not in _checks.INTEGERS or given.dtype == torch.uint8 or given.dim() != 1:
             raise ValueError(
                 f"Stream: rows: expected a bool mask or a list of indices, got {given.dim()}-D {given.dtype}"
             )

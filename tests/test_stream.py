@@ -521,6 +521,12 @@ def test_one_stream_in_two_threads(engine: str) -> None:
         (torch.zeros(3, 6), torch.tensor([-4]), IndexError, r"rows must lie in \[-3, 2\], got \[-4\]"),
         (torch.zeros(3, 6), torch.tensor([1, 1]), ValueError, r"expected each row once, got \[1, 1\]"),
         (torch.zeros(3, 6), [1, -2], ValueError, "expected each row once"),
+        (
+            torch.zeros(3, 6),
+            torch.tensor([0, 1], dtype=torch.uint8),
+            ValueError,
+            "a bool mask or a list of indices, got",
+        ),
         (torch.zeros(3, 6), torch.ones(2, dtype=torch.bool), ValueError, r"mask of rows of shape \[3\], got \[2\]"),
         (torch.zeros(3, 6), torch.ones(1), ValueError, "expected a bool mask or a list of indices, got 1-D"),
         (torch.zeros(3, 6), 1, ValueError, "expected a bool mask or a list of indices, got 0-D"),
