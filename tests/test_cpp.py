@@ -225,7 +225,7 @@ def test_rows_that_do_not_exist_are_refused(change: dict[str, Any], message: str
 def test_memory_that_cannot_be_had() -> None:
     """Two million hidden units would take 16 TiB for their packed weights: asked for before anything is read."""
     T, B, H = 4, 16, 2**21
-    sizes = (T, B, T * B, 1, 0, H, H, 1, 1)
+    sizes = (T, B, T * B, 1, 0, H, H, 1, 1, H, 0)
     with pytest.raises(RuntimeError, match=r"out of memory: cannot allocate \d{14} bytes"):
         _cpu.forward("baseline", 0, 1, sizes, (0,) * 5, (), (), (0,) * 6, (0,), (0,) * 6, (0,) * 5)
 
