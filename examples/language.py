@@ -6,9 +6,8 @@ training: they share less than half of their runs of four letters with each. A b
 character with the runs of two to five that end in it, and answers from the mean and the maximum of its outputs and the
 mean of its inputs. It is trained on snippets of any length, from anywhere, with some of what it reads left out.
 Baselines: naive Bayes over runs of up to five characters, and the rank order of the most frequent runs (Cavnar and
-Trenkle 1994). Settings of all three were chosen on messages of validation, which were then learned from too
-(`--validate`: they are not, and are asked about in place of the test); the steps by their time as well, for half as many
-more gain 0.2 % there. The picture shows how right each is on snippets of 5 to 40 characters.
+Trenkle 1994). Settings of all three were chosen on messages of validation (`--validate`), from which the last training
+learns too. The picture shows how right each is on snippets of 5 to 40 characters.
 
     pip install -c constraints.txt -e '.[examples]' && python examples/language.py
 
