@@ -162,17 +162,30 @@ static __attribute__((noinline)) void packed_tile(const typename M::A* const* a,
   }
 #pragma GCC unroll 4
   for (int64_t k = 0; k < steps; k++) {
-    typename M::Wide w[NV];
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; v++) w[v] = M::load_packed(panel + v * n);
-    panel += NV * n;
     __builtin_prefetch(ahead + k * n, 0, 2);
-#pragma GCC unroll 8
-    for (int m = 0; m < MR; m++) {
-      typename M::Wide x = M::broadcast(row[m] + k * M::kPair);
+    // The shorter side is held, the longer one read as it is used: with both held, sums would not fit into 16 registers.
+    if constexpr (MR < NV) {
+      typename M::Wide x[MR];
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; v++) acc[m][v] = M::mul_add(acc[m][v], x, w[v]);
+      for (int m = 0; m < MR; m++) x[m] = M::broadcast(row[m] + k * M::kPair);
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; v++) {
+        typename M::Wide w = M::load_packed(panel + v * n);
+#pragma GCC unroll 4
+        for (int m = 0; m < MR; m++) acc[m][v] = M::mul_add(acc[m][v], x[m], w);
+      }
+    } else {
+      typename M::Wide w[NV];
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; v++) w[v] = M::load_packed(panel + v * n);
+#pragma GCC unroll 8
+      for (int m = 0; m < MR; m++) {
+        typename M::Wide x = M::broadcast(row[m] + k * M::kPair);
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; v++) acc[m][v] = M::mul_add(acc[m][v], x, w[v]);
+      }
     }
+    panel += NV * n;
   }
 #pragma GCC unroll 8
   for (int m = 0; m < MR; m++)
