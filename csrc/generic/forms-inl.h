@@ -98,9 +98,11 @@ struct Columns {
   const int32_t* offset;
 };
 
-// A left row as bytes: 16-bit integers plus 2^15, their high and their low halves apart.
-struct Bytes {
-  uint8_t *high, *low;
+// A left row as 16-bit integers: their high halves plus 128 and, `plane` further, their low ones, or, where pairs are
+// multiplied, words of four neighbours in the order 0, 2, 1, 3.
+struct Integers {
+  uint8_t* at;
+  int64_t plane;
   float scale;  // NaN where the row has an infinity or a NaN: then it has no such form
 };
 
@@ -118,41 +120,70 @@ static void scaled_rows(int64_t rows, int NV, const float* const* a, const uint3
     }
 }
 
+#if defined(RK_VNNI) || defined(RK_MADD)
+#define RK_INTEGERS
+
+// A vector of a row's integers, the first of which is element j.
+static RK_INLINE void put(const Integers& to, int64_t j, Simd<float>::i x) {
 #ifdef RK_VNNI
-static void to_bytes(const float* a, int64_t size, Bytes* to) {
+  x += 1 << 15;
+  _mm_storeu_si128((__m128i*)(to.at + j), _mm512_cvtepi32_epi8((__m512i)(x >> 8)));
+  _mm_storeu_si128((__m128i*)(to.at + to.plane + j), _mm512_cvtepi32_epi8((__m512i)x));
+#else
+  typedef int16_t Half __attribute__((vector_size(RK_VBYTES / 2), aligned(2), may_alias));
+#define RK_WORD(i) i, i + 2, i + 1, i + 3
+#if RK_VBYTES == 64
+  x = __builtin_shufflevector(x, x, RK_WORD(0), RK_WORD(4), RK_WORD(8), RK_WORD(12));
+#else
+  x = __builtin_shufflevector(x, x, RK_WORD(0), RK_WORD(4));
+#endif
+#undef RK_WORD
+  *(Half*)(to.at + 2 * j) = __builtin_convertvector(x, Half);
+#endif
+}
+
+static void to_integers(const float* a, int64_t size, Integers* to) {
+  typedef Simd<float>::i I;
   constexpr int n = Simd<float>::n;
+  constexpr float kMost = 32767, kNothing = 1e-30f;  // smaller rows are zero: their scale would not be a normal number
   vec<float> largest = {}, strange = {};
   for (int64_t j = 0; j < size; j += n) {
     vec<float> x = load(a + j, int(size - j < n ? size - j : n));
-    largest = at_least((vec<float>)((Simd<float>::i)x & INT32_MAX), largest);
-    strange += x - x;  // NaN from infinities too
+    largest = at_least((vec<float>)((I)x & INT32_MAX), largest);
+    strange += x - x;  // NaN, from infinities too
   }
-  to->scale = strange[0];
-  if (_mm512_cmp_ps_mask((__m512)strange, (__m512)strange, _CMP_UNORD_Q)) {
-    to->scale = __builtin_nanf("");
-    return;
-  }
-  constexpr float kMost = 32767, kNothing = 1e-30f;  // smaller rows are zero: their scale would not be a normal number
-  float most = _mm512_reduce_max_ps((__m512)largest), up = most > kNothing ? kMost / most : 0;
+  to->scale = total(strange);
+  if (to->scale != to->scale) return;
+  float most = 0;
+  for (int i = 0; i < n; i++) most = largest[i] > most ? largest[i] : most;
+  float up = most > kNothing ? kMost / most : 0;
   to->scale = most > kNothing ? most / kMost : 0;
   for (int64_t j = 0; j < size; j += n) {
     vec<float> x = load(a + j, int(size - j < n ? size - j : n)) * up;
-    __m512i q = _mm512_add_epi32(_mm512_cvtps_epi32((__m512)x), _mm512_set1_epi32(1 << 15));
-    _mm_storeu_si128((__m128i*)(to->high + j), _mm512_cvtepi32_epi8(_mm512_srli_epi32(q, 8)));
-    _mm_storeu_si128((__m128i*)(to->low + j), _mm512_cvtepi32_epi8(q));
+    put(*to, j, (I)(x + Exp<float>::magic) - (I)splat(Exp<float>::magic));  // the nearest
   }
 }
 
-static RK_INLINE __m512i four_bytes(const uint8_t* p) {
+// Four bytes in every lane.
+static RK_INLINE Simd<float>::i word(const uint8_t* p) {
   int32_t four;
   __builtin_memcpy(&four, p, 4);
-  return _mm512_set1_epi32(four);
+  return four - Simd<float>::i{};
 }
 
+// start + scale * sum of an integer product.
+static RK_INLINE void put_scaled(vec<float> sum, const Integers& a, Columns columns, const float* start, int64_t v,
+                                 float* out) {
+  sum *= load(columns.scale + v) * a.scale;
+  store(out + v, start ? sum + load(start + v) : sum);
+}
+#endif
+
+#ifdef RK_VNNI
 // Exact in integers up to 2^16 elements along the sum: a byte product is below 2^15.
 template <int MR, int NV>
-static __attribute__((noinline)) void byte_tile(const Bytes* a, const uint32_t* panel, int64_t steps,
-                                                const float* start, Columns columns, float* out) {
+static __attribute__((noinline)) void integer_tile(const Integers* a, const uint32_t* panel, int64_t steps,
+                                                   const float* start, Columns columns, float* out) {
   constexpr int n = Simd<float>::n;
   __m512i high[MR][NV], low[MR][NV];
 #pragma GCC unroll 8
@@ -166,7 +197,7 @@ static __attribute__((noinline)) void byte_tile(const Bytes* a, const uint32_t* 
   for (int64_t k = 0; k < steps; k++, panel += NV * n) {
 #pragma GCC unroll 8
     for (int m = 0; m < MR; m++) {
-      __m512i h = four_bytes(a[m].high + 4 * k), l = four_bytes(a[m].low + 4 * k);
+      __m512i h = (__m512i)word(a[m].at + 4 * k), l = (__m512i)word(a[m].at + a[m].plane + 4 * k);
 #pragma GCC unroll 4
       for (int v = 0; v < NV; v++) {
         __m512i w = _mm512_loadu_si512(panel + v * n);
@@ -180,27 +211,64 @@ static __attribute__((noinline)) void byte_tile(const Bytes* a, const uint32_t* 
 #pragma GCC unroll 4
     for (int v = 0; v < NV; v++) {
       vec<float> sum = (vec<float>)_mm512_cvtepi32_ps(high[m][v]) * 256 + (vec<float>)_mm512_cvtepi32_ps(low[m][v]);
-      sum *= load(columns.scale + v * n) * a[m].scale;
-      store(out + (m * NV + v) * n, start ? sum + load(start + v * n) : sum);
+      put_scaled(sum, a[m], columns, start, v * n, out + m * NV * n);
     }
 }
+#elif defined(RK_MADD)
+// Exact in integers for 128 words along the sum: a product is 2^22 at most, and four are added in a word. Then these go
+// to sums in fp32.
+template <int MR, int NV>
+static __attribute__((noinline)) void integer_tile(const Integers* a, const uint32_t* panel, int64_t steps,
+                                                   const float* start, Columns columns, float* out) {
+  typedef Simd<float>::i I;
+  typedef int16_t Shorts __attribute__((vector_size(RK_VBYTES)));
+  constexpr int n = Simd<float>::n;
+  constexpr int64_t kExact = 128;
+  vec<float> whole[MR][NV] = {};
+  for (int64_t first = 0; first < steps; first += kExact) {
+    int64_t end = steps - first < kExact ? steps : first + kExact;
+    I sum[MR][NV] = {};
+#pragma GCC unroll 2
+    for (int64_t k = first; k < end; k++, panel += NV * n) {
+      I x[MR][2];
+#pragma GCC unroll 4
+      for (int m = 0; m < MR; m++) x[m][0] = word(a[m].at + 8 * k), x[m][1] = word(a[m].at + 8 * k + 4);
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; v++) {
+        Shorts w = (Shorts)(*(const u32v_unaligned*)(panel + v * n)), even = w << 8 >> 8, odd = w >> 8;
+#pragma GCC unroll 4
+        for (int m = 0; m < MR; m++) sum[m][v] += add_pairs(x[m][0], (I)even) + add_pairs(x[m][1], (I)odd);
+      }
+    }
+#pragma GCC unroll 4
+    for (int m = 0; m < MR; m++)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; v++) whole[m][v] += __builtin_convertvector(sum[m][v], vec<float>);
+  }
+#pragma GCC unroll 4
+  for (int m = 0; m < MR; m++)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; v++) put_scaled(whole[m][v], a[m], columns, start, v * n, out + m * NV * n);
+}
+#endif
 
+#ifdef RK_INTEGERS
 template <int NV>
-static void byte_rows(int64_t rows, const float* const* a, const Bytes* bytes, const uint32_t* panel, int64_t steps,
-                      const float* start, Columns columns, float* out) {
-  constexpr int n = Simd<float>::n, kRows = 3;
+static void integer_rows(int64_t rows, const float* const* a, const Integers* integers, const uint32_t* panel,
+                         int64_t steps, const float* start, Columns columns, float* out) {
+  constexpr int n = Simd<float>::n, kRows = RK_REGISTERS == 32 ? 3 : 2;
   for (int64_t i = 0; i < rows; i += kRows, out += kRows * NV * n) {
     int some = int(rows - i < kRows ? rows - i : kRows);
     float scales = 0;
-    for (int m = 0; m < some; m++) scales += bytes[i + m].scale;
+    for (int m = 0; m < some; m++) scales += integers[i + m].scale;
     if (scales != scales)
       scaled_rows<Quarters>(some, NV, a + i, panel, panel, steps, start, columns, out);
-    else if (some == 3)
-      byte_tile<3, NV>(bytes + i, panel, steps, start, columns, out);
+    else if (some == kRows)
+      integer_tile<kRows, NV>(integers + i, panel, steps, start, columns, out);
     else if (some == 2)
-      byte_tile<2, NV>(bytes + i, panel, steps, start, columns, out);
+      integer_tile<2, NV>(integers + i, panel, steps, start, columns, out);
     else
-      byte_tile<1, NV>(bytes + i, panel, steps, start, columns, out);
+      integer_tile<1, NV>(integers + i, panel, steps, start, columns, out);
   }
 }
 #endif

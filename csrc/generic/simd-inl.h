@@ -219,6 +219,17 @@ RK_INLINE vec<float> rounded(vec<float> x, ST*) {
   return load(buffer);
 }
 
+#ifdef RK_MADD
+// Products of 16-bit integers, those of neighbours added.
+RK_INLINE Simd<float>::i add_pairs(Simd<float>::i a, Simd<float>::i b) {
+#if RK_VBYTES == 64
+  return (Simd<float>::i)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#else
+  return (Simd<float>::i)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#endif
+}
+#endif
+
 // ---- shuffles ----------------------------------------------------------------------------------------------------
 
 #define RK_EVEN4 0, 2, 4, 6

@@ -98,14 +98,13 @@ class Stream final : public Stepper, Stored<typename M::CT> {
     for (Owned<CT>& sums : sums_) sums.allocate(s.B * kWide * n);
     for (Owned<const A*>& a : a_) a.allocate(s.B);
     active_.allocate(s.B);
-#ifdef RK_VNNI
+#ifdef RK_INTEGERS
     if (!M::kScaled) return;
     int64_t widest = s.I > s.H ? s.I : s.H, stride = ceil_div(widest, n) * n;
     for (int i = 0; i < 2; i++) {
       planes_[i].allocate(s.B * 2 * stride);
-      bytes_[i].allocate(s.B);
-      for (int64_t b = 0; b < s.B; b++)
-        bytes_[i][b] = {planes_[i] + 2 * b * stride, planes_[i] + (2 * b + 1) * stride, 0};
+      integers_[i].allocate(s.B);
+      for (int64_t b = 0; b < s.B; b++) integers_[i][b] = {planes_[i] + 2 * b * stride, stride, 0};
     }
 #endif
   }
@@ -269,9 +268,9 @@ class Stream final : public Stepper, Stored<typename M::CT> {
   // Left rows of the next products, `size` elements each.
   void set_rows(int slot, int64_t count, const A* first, int64_t stride, int64_t size) {
     for (int64_t i = 0; i < count; i++) a_[slot][i] = first + active_[i] * stride;
-#ifdef RK_VNNI
+#ifdef RK_INTEGERS
     if constexpr (M::kScaled)
-      for (int64_t i = 0; i < count; i++) to_bytes(a_[slot][i], size, bytes_[slot] + i);
+      for (int64_t i = 0; i < count; i++) to_integers(a_[slot][i], size, integers_[slot] + i);
 #else
     (void)size;
 #endif
@@ -285,11 +284,11 @@ class Stream final : public Stepper, Stored<typename M::CT> {
     } else if constexpr (!M::kScaled) {
       packed_rows<M>(count, NV, a_[slot], panel, next, steps, part.start(at), out);
     } else {
-#ifdef RK_VNNI
+#ifdef RK_INTEGERS
       switch (NV) {
 #define RK_CASE(NV) \
   case NV:          \
-    return byte_rows<NV>(count, a_[slot], bytes_[slot], panel, steps, part.start(at), part.columns(at), out);
+    return integer_rows<NV>(count, a_[slot], integers_[slot], panel, steps, part.start(at), part.columns(at), out);
         RK_CASE(1) RK_CASE(2) RK_CASE(3) RK_CASE(4)
 #undef RK_CASE
       }
@@ -446,5 +445,5 @@ class Stream final : public Stepper, Stored<typename M::CT> {
   Owned<int64_t> active_;  // [B]: the rows that advance
   Owned<char> spare_;
   Owned<uint8_t> planes_[2];
-  Owned<Bytes> bytes_[2];
+  Owned<Integers> integers_[2];
 };

@@ -11,6 +11,7 @@
 #define RK_VBYTES 32
 #define RK_REGISTERS 16
 #define RK_F16C
+#define RK_MADD
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)

@@ -11,6 +11,7 @@
 #define RK_VBYTES 64
 #define RK_REGISTERS 32
 #define RK_F16C
+#define RK_MADD
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"))), \
