@@ -189,6 +189,8 @@ def _integer(name: str, value: Any, least: int) -> int:
         number = least - 1
     if isinstance(value, bool) or number < least:
         raise ValueError(f"generate: {name} must be an integer of {least} or more, got {value!r}")
+    if number >= 1 << 63:
+        raise ValueError(f"generate: {name} must be an integer of 64 bits, got {value!r}")
     return number
 
 

@@ -68,14 +68,14 @@ def chrono_(module: M, longest: float) -> M:
         `module`.
 
     Raises:
-        ValueError: `longest` not above 2; and as :func:`forget_bias_`.
+        ValueError: `longest` not above 2 and finite; and as :func:`forget_bias_`.
 
     Example::
 
         >>> gru = rnnkern.init.chrono_(rnnkern.GRU(10, 20), 784)
     """
-    if not longest > 2:
-        raise ValueError(f"chrono_: expected the longest time to be above 2 steps, got {longest}")
+    if not isinstance(longest, (int, float)) or not 2 < longest < torch.finfo(torch.float32).max:
+        raise ValueError(f"chrono_: expected the longest time to be a finite number above 2 steps, got {longest!r}")
     for kind, b_ih, b_hh in _gated("chrono_", module, "LSTM", "GRU"):
         gates, recurrent = b_ih.chunk(4 if kind == "LSTM" else 3), b_hh.chunk(4 if kind == "LSTM" else 3)
         times = torch.empty_like(gates[1]).uniform_(1.0, longest - 1.0).log_()

@@ -30,7 +30,7 @@ class Stream:
         dtype: dtype of inputs, outputs and states. Default: that of the module's weights
         weights: how the weight matrices are kept: ``None`` as in `dtype`; ``"bf16"``; ``"int8"``, symmetric with a
             scale for each row. Fewer bytes are faster, because every step reads all of them. Inputs, states, sums and
-            vectors (IndRNN's `weight_hh`) keep their precision; with ``"int8"`` on processors with AVX-512 VNNI, `x`
+            vectors (IndRNN's `weight_hh`) keep their precision; with ``"int8"`` on processors with AVX2 or AVX-512, `x`
             and `h` are multiplied as 16-bit integers, scaled by the largest of their row. Relative L2 error of `h` over
             1000 steps, measured: bf16 0.1 to 0.24 %, int8 0.27 to 0.4 % with initial and 0.4 to 0.8 % with trained
             weights. Default: ``None``

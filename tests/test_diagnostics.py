@@ -238,6 +238,11 @@ X = torch.zeros(4, 2, 3)
         ),
         (lambda: diagnostics.gradient_flow(nn.GRU(3, 3), X, lambda y: 1.0), ValueError, "scalar loss, got float"),
         (lambda: diagnostics.gradient_flow(nn.GRU(3, 3), X, lambda y: torch.zeros(())), ValueError, "does not depend"),
+        (
+            lambda: diagnostics.gradient_flow(nn.GRU(3, 3), X[:, :0], lambda y: y[0].sum()),
+            ValueError,
+            "at least one sequence, got an empty batch",
+        ),
         (lambda: diagnostics.gradient_flow(Own(3, 3), X, torch.sum), TypeError, "Own has a forward of its own"),
         (lambda: diagnostics.state_map(nn.GRU(3, 3, 2, dropout=0.5), X), ValueError, "use eval"),
         (lambda: diagnostics.state_map(rnnkern.GRU(3, 3, zoneout=0.5), X), ValueError, "use eval"),

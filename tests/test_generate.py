@@ -489,6 +489,7 @@ FINE = {"prompt": torch.tensor([[1, 2]]), "max_new_tokens": 3}
         ({"eos_token_id": 11}, ValueError, r"eos_token_id must lie in \[0, 10\], got \[11\]"),
         ({"eos_token_id": [1, -1]}, ValueError, "eos_token_id must be an integer of 0 or more, got -1"),
         ({"pad_token_id": 0.5}, ValueError, "pad_token_id must be an integer"),
+        ({"pad_token_id": 2**70}, ValueError, "pad_token_id must be an integer of 64 bits, got 1180591620717411303424"),
         ({"prompt": [1, 2]}, TypeError, "expected prompt to be a tensor of token numbers, got list"),
         ({"prompt": torch.zeros(1, 2)}, ValueError, "expected a 1-D or 2-D tensor of int64 or int32, got 2-D"),
         ({"prompt": torch.zeros(1, 1, 2).long()}, ValueError, "got 3-D torch.int64"),

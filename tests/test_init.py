@@ -73,10 +73,11 @@ def test_identity_keeps_a_state() -> None:
         (lambda: init.forget_bias_(nn.LSTM(2, 3, bias=False)), ValueError, "LSTM was made with bias=False"),
         (lambda: init.chrono_(nn.Linear(2, 3), 9), ValueError, "Linear has no LSTM or GRU in it"),
         (lambda: init.chrono_(nn.LSTM(2, 3), 2), ValueError, "above 2 steps, got 2"),
+        (lambda: init.chrono_(nn.LSTM(2, 3), float("inf")), ValueError, "a finite number above 2 steps, got inf"),
         (lambda: init.identity_(nn.LSTM(2, 3)), ValueError, "has no RNN"),
         (lambda: init.orthogonal_(torch.zeros(3, 3)), TypeError, "got Tensor"),
     ],
-    ids=["other cell", "no bias", "nothing", "too short", "LSTM", "tensor"],
+    ids=["other cell", "no bias", "nothing", "too short", "for ever", "LSTM", "tensor"],
 )
 def test_refusals(call: Any, error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):

@@ -169,10 +169,12 @@ static __attribute__((noinline)) void packed_tile(const typename M::A* const* a,
   }
   auto add = [&](int64_t k, vec<CT>(&sum)[MR][NV]) RK_LAMBDA {
     if constexpr (RK_REGISTERS == 16 && MR == 1)
-      for (int line = 0; line < NV * RK_VBYTES; line += 64) __builtin_prefetch((const char*)panel + kFetchBytes + line, 0, 3);
+      for (int line = 0; line < NV * RK_VBYTES; line += 64)
+        __builtin_prefetch((const char*)panel + kFetchBytes + line, 0, 3);
     else
       __builtin_prefetch(ahead + k * n, 0, 2);
-    // The shorter side is held, the longer one read as it is used: with both held, sums would not fit into 16 registers.
+    // The shorter side is held, the longer one read as it is used: with both held, sums would not fit into 16
+    // registers.
     if constexpr (MR < NV) {
       typename M::Wide x[MR];
 #pragma GCC unroll 4

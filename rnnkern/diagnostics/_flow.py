@@ -119,7 +119,7 @@ def gradient_flow(module: nn.Module, x: Any, loss: Callable[[Any], Tensor]) -> G
     Raises:
         TypeError: `module` is no module, or has a recurrent network with a forward of its own.
         ValueError: no recurrent network, one with dropout or zoneout in training mode, packed input or `lengths=`,
-            a loss that is no scalar or does not depend on the states.
+            an empty batch, a loss that is no scalar or does not depend on the states.
 
     Example::
 
@@ -137,6 +137,8 @@ def gradient_flow(module: nn.Module, x: Any, loss: Callable[[Any], Tensor]) -> G
         if not value.requires_grad or not tracks:
             raise ValueError("gradient_flow: the loss does not depend on the states of a recurrent network")
         flat = [state for track in tracks for states in track.states for state in states]
+        if not all(state.numel() for state in flat):
+            raise ValueError("gradient_flow: expected at least one sequence, got an empty batch")
         found = iter(torch.autograd.grad(value, flat, retain_graph=True, allow_unused=True))
         layers = {}
         for track in tracks:
