@@ -34,8 +34,9 @@ struct Mask {
 };
 
 // Parameters of a group beyond its matrices and biases, in the storage dtype: the gains of layer norm on h's product
-// [G*H]; peepholes, and gain and shift of layer norm on c [H].
-enum Small : int { kGain, kPeepholeI, kPeepholeF, kPeepholeO, kGainC, kShiftC, kSmalls };
+// [G*H]; peepholes, and gain and shift of layer norm on c [H]; and, where a forward projects the input itself and no
+// backward will come, the gains of layer norm on x's product [G*H].
+enum Small : int { kGain, kPeepholeI, kPeepholeF, kPeepholeO, kGainC, kShiftC, kGainX, kSmalls };
 
 // What a scan does beyond the plain one.
 struct Options {

@@ -276,12 +276,13 @@ def stack(
     proj = per - len(extra) > 2 + 2 * bias
     names = ("w_hh", "b_hh", "w_hr") if bias and proj else ("w_hh", "b_hh") if bias else ("w_hh", "w_hr")[: 1 + proj]
     scan: dict[str, Any] = {}
-    exist = None
+    exist, normed = None, False
     if project is not None and lengths is not None and offsets is None:
         exist = (torch.arange(T, device=x.device).unsqueeze(1) < lengths).flatten()
     if options is not PLAIN:
-        names += tuple(name for name in extra if name != "ln_ih")
-        if options.layer_norm and lengths is not None and offsets is None:
+        normed = options.layer_norm and not (backend is None and _regularised.normed_in_scan(x, params))
+        names += tuple(name for name in extra if not (normed and name == "ln_ih"))
+        if normed and lengths is not None and offsets is None:
             x = _regularised.rows_that_exist(x, T, B, lengths)
     keep = return_states and len(sizes) > 1
     precision = dispatch.gpu_precision(x.dtype) if x.is_cuda else "ieee"
@@ -298,7 +299,7 @@ def stack(
         rows = x.unsqueeze(1)
         if options is not PLAIN:
             scan = _regularised.scan_options(options, cell, training, x.shape[0], B, D, [s[2] for s in sizes], x)
-            if options.layer_norm:
+            if normed:
                 rows, groups = _regularised.normalised(cell, x, groups, len(names) - len(extra) + 1)
         if project is not None:
             rows, groups = project(k, x, groups, exist)

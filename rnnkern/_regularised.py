@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, linear
 
+from rnnkern import dispatch
 from rnnkern._options import Options
+from rnnkern._run import real, unwatched
 from rnnkern.autograd import Group
 from rnnkern.backends.base import ScanSpec
 from rnnkern.cells import CELLS
@@ -51,6 +53,15 @@ def scan_options(
         "noise_names": tuple(masks),
         "scales": tuple(scale for _, scale in masks.values()),
     }
+
+
+def normed_in_scan(x: Tensor, params: Sequence[Tensor]) -> bool:
+    """Whether the scan itself normalises the products of its input, by ln_ih among a group's params: the C++ one does,
+    as it makes them, where no gradient is to come, for which they would have to be kept.
+    """
+    if torch.is_grad_enabled() or not x.is_cpu or dispatch.requested() not in (None, "cpp"):
+        return False
+    return dispatch.unavailable("cpp") is None and unwatched() and real((x, *params))
 
 
 def normalised(cell: str, x: Tensor, groups: Sequence[Group], at: int) -> tuple[Tensor, tuple[Group, ...]]:

@@ -245,6 +245,8 @@ def compare(m: Any, layout: str, backend: str) -> None:
     elif layout == "unbatched":
         truth = [v.squeeze(1) for v in truth]
     check(ours, truth, truth, layout)
+    with torch.no_grad():
+        check(run(m, backend, given, argument, **kwargs), truth, truth, f"{layout}, no gradient to come")
     wrt = [x, *hx, *m.parameters()]
     expected = gradients(truth, wrt)
     check_grad(gradients(ours, wrt), expected, expected, f"{layout}, gradient")

@@ -35,6 +35,8 @@ void ForwardScan<Cell, M>::pack_gates(int64_t g, int64_t block, int units) {
       valid[v] = int(f_.H - j < n ? f_.H - j : n);
       store(bias_hh_ + at + v * n, w.b_hh ? load((const ST*)w.b_hh + row[v], valid[v]) : V{});
       store(bias_ih_ + at + v * n, w.b_ih ? load((const ST*)w.b_ih + row[v], valid[v]) : V{});
+      if (norms_x_)
+        store(gain_ih_ + at + v * n, load((const ST*)f_.options->small[g * kSmalls + kGainX] + row[v], valid[v]));
     }
   if (pack_hh_) pack_nt<M>((const ST*)w.w_hh, f_.P, row, valid, units * G, hh_ + at * hh_steps_);
   if (pack_ih_) pack_nt<M>((const ST*)w.w_ih, f_.I, row, valid, units * G, ih_ + at * ih_steps_);

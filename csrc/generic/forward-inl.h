@@ -46,12 +46,14 @@ class ForwardScan {
     whole_rows_ = f.options && f.options->whole_rows();
     optional_ = f.options && !f.options->only_norms();
     drops_ = f.options && f.options->drops();
+    norms_x_ = whole_rows_ && !f.gx && f.options->small[kGainX];
     mem_.add(&h_, f.N * 2 * f.B * h_stride_);
     mem_.add(&left_, drops_ ? f.N * 2 * f.B * h_stride_ : 0);
     mem_.add(&c_, f.N * f.B * (K - 1) * c_stride_);
     mem_.add(&m_, projected_ ? f.N * f.B * m_stride_ : 0);
     mem_.add(&bias_hh_, f.N * blocks_ * G * n);
     mem_.add(&bias_ih_, f.N * blocks_ * G * n);
+    mem_.add(&gain_ih_, norms_x_ ? f.N * blocks_ * G * n : 0);
     mem_.add(&hh_, pack_hh_ ? f.N * blocks_ * G * n * hh_steps_ : 0);
     mem_.add(&ih_, pack_ih_ ? f.N * blocks_ * G * n * ih_steps_ : 0);
     mem_.add(&hr_, pack_hh_ && projected_ ? f.N * out_blocks_ * n * hr_steps_ : 0);
@@ -65,6 +67,7 @@ class ForwardScan {
     gates_size_ = whole_rows_ ? f.B * ceil_div(blocks_, split_.cols) * G * n : 0;
     mem_.add(&gates_, threads * gates_size_);
     mem_.add(&slots_.all, whole_rows_ ? slots_.plan(threads, split_.cols, f.B) : 0);
+    mem_.add(&x_slots_.all, norms_x_ ? x_slots_.plan(threads, split_.cols, chunk_rows_) : 0);
     mem_.add(&barriers_, split_.teams() + 1);
     mem_.allocate();
     for (int i = 0; i <= split_.teams(); i++) (new (barriers_ + i) Barrier)->reset(i ? split_.cols : threads);
@@ -213,9 +216,10 @@ class ForwardScan {
     for (int64_t p = 0; p < walk.count(); p++) {
       int64_t b = walk[p], at = gate(job.g, b), then = gate(job.g, walk.next(p));
       product(total, walk.units(p), job.x_rows, pack_ih_ ? ih_ + at * ih_steps_ : nullptr, ih_ + then * ih_steps_,
-              ih_steps_, (const ST*)job.w.w_ih, f_.I, b, bias_ih_ + at,
+              ih_steps_, (const ST*)job.w.w_ih, f_.I, b, norms_x_ ? nullptr : bias_ih_ + at,
               job.gx + (b - job.own.begin) * G * n * chunk_rows_);
     }
+    if (__builtin_expect(norms_x_, 0) && total) normalise_input(job, total);
   }
 
   // [rows][units][G][n] = bias + left rows times the gates' weights of these units; bias null: zero.
@@ -304,7 +308,8 @@ class ForwardScan {
 
   __attribute__((noinline)) void advance_rows(const Job& job, int64_t t, int64_t count, int64_t base, int parity);
   template <class F>
-  RK_INLINE void of_gates(const Job& job, int64_t count, int64_t i, F f) const;
+  RK_INLINE void of_gates(const Job& job, CT* panels, int64_t count, int64_t i, F f) const;
+  __attribute__((noinline)) void normalise_input(const Job& job, int64_t total);
   void tally_next_c(const Job& job, int64_t count, int64_t i);
   template <bool kOptions>
   void put_normed(const Job& job, int64_t t, int64_t count, int64_t i, int parity);
@@ -478,13 +483,13 @@ class ForwardScan {
   Rows rows_;
   Split split_;
   Scratch mem_;
-  Slots slots_;
-  bool projected_, whole_rows_, optional_, drops_, pack_hh_, pack_ih_, x_in_place_;
+  Slots slots_, x_slots_;
+  bool projected_, whole_rows_, optional_, drops_, norms_x_, pack_hh_, pack_ih_, x_in_place_;
   int64_t blocks_, out_blocks_, h_stride_, m_stride_, x_stride_, c_stride_, hh_steps_, ih_steps_, hr_steps_;
   int64_t chunk_steps_, chunk_rows_, gx_size_, x_size_, gates_size_;
   A *h_, *left_, *m_, *x_;
   const A **x_rows_, **a_rows_;
-  CT *sums_, *gates_, *c_, *bias_hh_, *bias_ih_, *gx_;
+  CT *sums_, *gates_, *c_, *bias_hh_, *bias_ih_, *gain_ih_, *gx_;
   W *hh_, *ih_, *hr_;
   Barrier* barriers_;
 };

@@ -22,7 +22,8 @@ void ForwardScan<Cell, M>::advance_rows(const Job& job, int64_t t, int64_t count
       tally_gates<Cell, CT>(
           columns,
           [&](auto f) RK_LAMBDA {
-            of_gates(job, count, i, [&](CT* at, int64_t, int valid, int k) RK_LAMBDA { f(load(at), valid, k); });
+            of_gates(job, job.gates, count, i,
+                     [&](CT* at, int64_t, int valid, int k) RK_LAMBDA { f(load(at), valid, k); });
           },
           &slots_.own(job.rank, i, 0));
     job.barrier.wait();
@@ -56,13 +57,14 @@ void ForwardScan<Cell, M>::advance_rows(const Job& job, int64_t t, int64_t count
       put_normed<false>(job, t, count, i, parity);
 }
 
-// f(where a vector of this thread's gates of row i is, its first unit, lanes in use, gate).
+// f(where a vector of this thread's gates of row i is, its first unit, lanes in use, gate). The panels have `count`
+// rows.
 template <class Cell, class M>
 template <class F>
-RK_INLINE void ForwardScan<Cell, M>::of_gates(const Job& job, int64_t count, int64_t i, F f) const {
+RK_INLINE void ForwardScan<Cell, M>::of_gates(const Job& job, CT* panels, int64_t count, int64_t i, F f) const {
   for (int64_t b = job.own.begin; b < job.own.end; b += kUnits) {
     int units = job.own.take(b, kUnits);
-    CT* at = job.gates + ((b - job.own.begin) * count + i * units) * G * n;
+    CT* at = panels + ((b - job.own.begin) * count + i * units) * G * n;
     for (int u = 0; u < units; u++, at += G * n) {
       int64_t j = (b + u) * n;
       if (__builtin_expect(lanes(j) == n, 1)) {
@@ -76,15 +78,40 @@ RK_INLINE void ForwardScan<Cell, M>::of_gates(const Job& job, int64_t count, int
   }
 }
 
+// The products of x with w_ih of the next steps, which project_input has made, and their bias. Other slots than those
+// of a step: between two of these calls lies a step's barrier.
+template <class Cell, class M>
+void ForwardScan<Cell, M>::normalise_input(const Job& job, int64_t total) {
+  int64_t columns = job.own.columns(n, f_.H).size();
+  for (int64_t i = 0; i < total; i++)
+    tally_gates<Cell, CT>(
+        columns,
+        [&](auto f) RK_LAMBDA {
+          of_gates(job, job.gx, chunk_rows_, i,
+                   [&](CT* at, int64_t, int valid, int k) RK_LAMBDA { f(load(at), valid, k); });
+        },
+        &x_slots_.own(job.rank, i, 0));
+  job.barrier.wait();
+  const CT *gain = gain_ih_ + gate(job.g, 0), *bias = bias_ih_ + gate(job.g, 0);
+  for (int64_t i = 0; i < total; i++) {
+    Moments<CT> of_part[Slots::kParts], of_gate[G];
+    for (int p = 0; p < Slots::kParts; p++) of_part[p] = x_slots_.joined(job.rank, i, p).moments(f_.options->eps);
+    for (int k = 0; k < G; k++) of_gate[k] = of_part[norm_part<Cell>(k)];
+    of_gates(job, job.gx, chunk_rows_, i, [&](CT* at, int64_t j, int, int k) RK_LAMBDA {
+      store(at, of_gate[k].normed(load(at)) * load(gain + j * G + k * n) + load(bias + j * G + k * n));
+    });
+  }
+}
+
 template <class Cell, class M>
 void ForwardScan<Cell, M>::tally_next_c(const Job& job, int64_t count, int64_t i) {
   const CT size = CT(job.own.columns(n, f_.H).size());
   V sum{}, square{};
-  of_gates(job, count, i, [&](CT* x, int64_t, int valid, int k) RK_LAMBDA {
+  of_gates(job, job.gates, count, i, [&](CT* x, int64_t, int valid, int k) RK_LAMBDA {
     if (k == 0) sum += only<CT>(load(x), valid);
   });
   Tally<CT>& to = slots_.own(job.rank, i, Slots::kC) = {size, total(sum) / size};
-  of_gates(job, count, i, [&](CT* x, int64_t, int valid, int k) RK_LAMBDA {
+  of_gates(job, job.gates, count, i, [&](CT* x, int64_t, int valid, int k) RK_LAMBDA {
     V d = only<CT>(load(x) - to.mean, valid);
     if (k == 0) square += d * d;
   });
@@ -101,7 +128,7 @@ void ForwardScan<Cell, M>::put_normed(const Job& job, int64_t t, int64_t count, 
     Moments<CT> m = slots_.joined(job.rank, row, Slots::kC).moments(f_.options->eps);
     int64_t i = job.rows[row], at = rows_.at(t, i) * f_.N + job.g;
     bool restart = resets_next(job, t, i);
-    of_gates(job, count, row, [&](CT* x, int64_t j, int valid, int k) RK_LAMBDA {
+    of_gates(job, job.gates, count, row, [&](CT* x, int64_t j, int valid, int k) RK_LAMBDA {
       if (k) return;
       V c = m.normed(load(x)) * load(gain + j, valid) + load(shift + j, valid);
       put_m<kOptions>(job, t, i, parity, at, j, valid, Cell::output(load(x + n), c), restart);

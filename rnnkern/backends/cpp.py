@@ -21,7 +21,7 @@ _CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru", "mgu", "indrnn_tanh", "indrnn_r
 CELL_NUMBERS = {name: number for number, name in enumerate(_CELLS)}  # as csrc/api.h has them
 DTYPE_NUMBERS = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 _PARAMS = ("w_hh", "b_hh", "w_hr")
-_SMALL = ("ln_hh", "peephole_i", "peephole_f", "peephole_o", "ln_c", "ln_c_bias")
+_SMALL = ("ln_hh", "peephole_i", "peephole_f", "peephole_o", "ln_c", "ln_c_bias", "ln_ih")
 _MASKS = ("h", "h_step", "candidate", "zoneout_h", "zoneout_c")
 
 
@@ -41,9 +41,10 @@ class Cpp:
             reasons.append(f"dtype {inputs.gx.dtype}: only {', '.join(str(d) for d in DTYPE_NUMBERS)}")
         if spec.cell not in CELL_NUMBERS:
             return [*reasons, f"cell {spec.cell}: only {', '.join(CELL_NUMBERS)}"]
-        reasons += [f"parameter {p}" for p in spec.params if p not in (*_PARAMS, "ln_hh", *CELLS[spec.cell].small)]
-        known = {"h", "h_step", "zoneout_h", *CELLS[spec.cell].masks, *(("zoneout_c",) if _has_c(spec) else ())}
-        reasons += [f"mask {m}" for m in spec.noise if m not in known]
+        known = {*_PARAMS, "ln_hh", "ln_ih", *CELLS[spec.cell].small}
+        reasons += [f"parameter {p}" for p in spec.params if p not in known]
+        masks = {"h", "h_step", "zoneout_h", *CELLS[spec.cell].masks, *(("zoneout_c",) if _has_c(spec) else ())}
+        reasons += [f"mask {m}" for m in spec.noise if m not in masks]
         if CELLS[spec.cell].mixes_h and "w_hr" in spec.params:
             reasons.append(f"a projected {spec.cell}: its step reads h at full width")
         if not CELLS[spec.cell].dense and "w_hr" in spec.params:
@@ -53,6 +54,7 @@ class Cpp:
         return reasons
 
     def forward(self, inputs: ScanInputs) -> ScanOutputs:
+        assert "ln_ih" not in inputs.spec.params, "gx is normalised already"
         gx = _rows(inputs.gx)
         source = (gx.data_ptr(), gx.stride(0), gx.stride(1), 0, 0, 0)
         return self._forward(
@@ -64,6 +66,7 @@ class Cpp:
     ) -> ScanOutputs:
         """Input projection and scan in one: gx is made a few steps ahead of the scan and never lies in memory.
 
+        With "ln_ih" among the params, where no backward will come, gx is normalised, times that gain, before the bias.
         A plane that is the output is not saved twice: it is empty then, and `backward` reads the output.
         """
         x = _rows(x)
