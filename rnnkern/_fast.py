@@ -2,7 +2,7 @@
 
 A step of a small layer takes a few microseconds, and so does every tensor operation that the general way needs for
 views, states and checks. Here all conditions are read off once. Dense layers with no gradient to come are one call of
-the extension; one or two steps with a gradient to come are torch.nn's forward. Whatever does not
+the extension; one or two steps with a gradient to come are torch's operations. Whatever does not
 fit, and every error, goes the general way: these functions then return None and have done nothing.
 """
 
@@ -24,7 +24,30 @@ from rnnkern.cells import CELLS
 _NARROW = (torch.bfloat16, torch.float16)  # states but h are in fp32 then, and given and taken in the module's dtype
 _STEP, _LAYER, _BATCH_FIRST = range(3)
 _CELL_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+
+def _step_of_lstm(module: Any, input: Tensor, hx: Any) -> Any:
+    """torch.nn.LSTM's forward for one step of one layer, by the operations of a cell: its own packs the weights anew at
+    every call. None: something else.
+    """
+    axis, weights = int(module.batch_first), module._flat_weights
+    if input.size(axis) != 1 or len(weights) != (4 if module.bias else 2):  # more layers, directions, a projection
+        return None
+    x = input.select(axis, 0)
+    shape = torch.Size((x.size(0), module.hidden_size))
+    if hx is None:
+        states = (x.new_zeros(shape),) * 2
+    else:
+        h, c = hx
+        if not h.shape == c.shape == (1, *shape) or not h.dtype == c.dtype == x.dtype:
+            return None
+        states = (h[0], c[0])
+    h, c = torch.lstm_cell(x, states, *weights)
+    return h.unsqueeze(axis), (h.unsqueeze(0), c.unsqueeze(0))
+
+
 _FORWARD: dict[str, Any] = {
+    "lstm": _step_of_lstm,
     "rnn_tanh": torch.nn.RNN.forward,
     "rnn_relu": torch.nn.RNN.forward,
     "gru": torch.nn.GRU.forward,
@@ -85,13 +108,15 @@ def _closed() -> bool:
 
 
 def _torchs(module: Any, what: str, input: Tensor, hx: Any) -> Any:
-    """What torch.nn's forward gives, where automatic choice would take torch's operations (`dispatch.wants_torch`)."""
+    """What torch.nn's forward gives, where automatic choice takes torch's operations (`dispatch.wants_torch`)."""
     if input.dtype not in dispatch.DTYPES:
         return None
     try:
         found = _FORWARD[what](module, input, hx)
     except (AttributeError, RuntimeError, TypeError, ValueError):
         return None  # the general way finds it too, and says it more clearly
+    if found is None:
+        return None
     _choice.last = "torch"
     return found
 

@@ -196,7 +196,7 @@ def wants_torch(
     torch.jit.trace and torch.onnx.export (whose graphs run where rnnkern is not), on a CUDA device unless Triton's
     kernels are faster (_cuda.py), on a CPU without the C++ extension where it is faster than what is left, and for one
     or two steps with a gradient to come: torch's handful of operations then costs less than one custom function (but
-    for the LSTM module, which repacks its weights at every call).
+    for the LSTM module, which repacks its weights at every call; _fast.py takes one step of it by a cell's operations).
     """
     name = _choice.requested
     if cell.removesuffix("_cell") not in TORCHS:

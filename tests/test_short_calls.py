@@ -108,6 +108,33 @@ def test_batch_first(T: int, B: int, taken: bool, calls: list[bool]) -> None:
     assert calls == [taken] or (not taken and not any(calls))
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_one_step_of_lstm_with_a_gradient_to_come(batch_first: bool, bias: bool) -> None:
+    """A cell's operations; everything else, and what torch refuses, is a layer's."""
+    theirs = torch.nn.LSTM(3, 9, bias=bias, batch_first=batch_first, dtype=torch.float64)
+    ours = rnnkern.accelerate(copy.deepcopy(theirs))
+    x = torch.randn((4, 1, 3) if batch_first else (1, 4, 3), dtype=torch.float64, requires_grad=True)
+    hx = tuple(torch.randn(1, 4, 9, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    for start in (None, hx):
+        found, expected = flat(ours(x, start)), flat(theirs(x, start))
+        assert dispatch.last() == "torch"
+        check(found, expected, expected)
+        wrt = (x, *(start or ()))
+        grads = [
+            torch.autograd.grad(sum(v.cos().sum() for v in outputs), (*wrt, *module.parameters()))
+            for outputs, module in ((found, ours), (expected, theirs))
+        ]
+        check(list(grads[0]), list(grads[1]), list(grads[1]), "gradients")
+    ours(torch.cat((x, x), int(batch_first)))
+    assert dispatch.last() == "cpp"
+    for bad in (tuple(h[:, :1] for h in hx), tuple(h.float() for h in hx), (hx[0], hx[1][..., :1])):
+        with pytest.raises(RuntimeError) as refused:
+            theirs(x, bad)
+        with pytest.raises(type(refused.value)):
+            ours(x, bad)
+
+
 def test_what_is_left_to_the_general_way(calls: list[bool]) -> None:
     lstm, x = rnnkern.LSTM(3, 9, 2, dropout=0.5), torch.randn(5, 4, 3)
     with torch.no_grad():
