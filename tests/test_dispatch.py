@@ -223,13 +223,16 @@ print(sorted(tops | {"rnnkern._cpu", "torch._dynamo"} & set(sys.modules)))
 
 @pytest.mark.parametrize("kind", ["RNN", "GRU", "LSTM"])
 def test_few_training_steps_take_torch(kind: str) -> None:
-    """Automatic choice: one or two steps with a gradient to come cost less in torch's operations, but for nn.LSTM."""
+    """Automatic choice: one or two steps with a gradient to come cost less in torch's operations, but for two of LSTM,
+    and one of more layers than one."""
     module = getattr(rnnkern, kind)(3, 5)
     cell = getattr(rnnkern, f"{kind}Cell")(3, 5)
     fast = next(name for name in dispatch.ORDER if absent(name) is None)
     if fast != "cpp":
         pytest.skip(f"without the C++ backend other rules hold: {dispatch.unavailable('cpp')}")
     for run, expected in (
+        (lambda: module(torch.randn(1, 4, 3)), "torch"),
+        (lambda: getattr(rnnkern, kind)(3, 5, 2)(torch.randn(1, 4, 3)), "cpp" if kind == "LSTM" else "torch"),
         (lambda: module(torch.randn(2, 4, 3)), "cpp" if kind == "LSTM" else "torch"),
         (lambda: module(torch.randn(3, 4, 3)), "cpp"),
         (lambda: module(torch.randn(1, 4, 3), lengths=[1, 0, 1, 1]), "cpp"),

@@ -34,7 +34,9 @@ class ScanSpec:
 
     cell: str
     reverse: tuple[bool, ...]  # [N] which way each group walks
-    params: tuple[str, ...]  # per group, in order: "w_hh", then "b_hh", "w_hr", "ln_hh" and small ones as present
+    # per group, in order: "w_hh", then "b_hh", "w_hr", "ln_hh" and small ones as present; and "ln_ih" where a backend's
+    # layer_forward is to normalise the input's products
+    params: tuple[str, ...]
     noise: tuple[str, ...] = ()  # masks: h [N,B,P] a sequence; h_step, zoneout_h [S,N,P]; candidate, zoneout_c [S,N,H]
     save: str = "all"  # "none" (y and final only) | "states" (and seq, hidden) | "all" (and planes)
     precision: str = "ieee"  # "ieee" | "tf32": what the caller's switches allow for fp32 products on a GPU
