@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import pytest
@@ -31,6 +32,17 @@ LAYOUTS = ("dense", "packed", "unsorted", "unbatched")
 def call_backends() -> list[Any]:
     """Every name of use_backend for pytest.mark.parametrize; one that cannot be loaded is skipped with its reason."""
     return [*scan_backends(), pytest.param("torch", id="torch")]
+
+
+@cache
+def torch_has_lstm(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has an LSTM of that dtype, which torch does not ask under autocast: bf16 needs AVX-512."""
+    try:
+        with torch.autocast("cpu", dtype=dtype):
+            torch.nn.LSTM(1, 1)(torch.zeros(1, 1, 1))
+    except RuntimeError:
+        return False
+    return True
 
 
 @dataclass

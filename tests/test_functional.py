@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from stacks import CELLS, KINDS, D, Pair, call_backends, draw, example, flat, gradients, pair
+from stacks import CELLS, KINDS, D, Pair, call_backends, draw, example, flat, gradients, pair, torch_has_lstm
 from tolerance import check, check_grad
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
@@ -236,17 +235,6 @@ def test_states_are_before_dropout(backend: str) -> None:
     with rnnkern.use_backend(backend):
         states = module(torch.randn(4, 2, 3), return_states=True)[2]
     assert (states[0] != 0).all()
-
-
-@cache
-def torch_has_lstm(dtype: torch.dtype) -> bool:
-    """Whether oneDNN has an LSTM of that dtype, which torch does not ask under autocast: bf16 needs AVX-512."""
-    try:
-        with torch.autocast("cpu", dtype=dtype):
-            torch.nn.LSTM(1, 1)(torch.zeros(1, 1, 1))
-    except RuntimeError:
-        return False
-    return True
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
