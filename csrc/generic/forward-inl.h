@@ -309,6 +309,8 @@ class ForwardScan {
   __attribute__((noinline)) void advance_rows(const Job& job, int64_t t, int64_t count, int64_t base, int parity);
   template <class F>
   RK_INLINE void of_gates(const Job& job, CT* panels, int64_t count, int64_t i, F f) const;
+  void tally_rows(const Job& job, CT* panels, int64_t count, int64_t rows, const Slots& slots) const;
+  RK_INLINE void gate_moments(const Job& job, const Slots& slots, int64_t row, Moments<CT>* of_gate) const;
   __attribute__((noinline)) void normalise_input(const Job& job, int64_t total);
   void tally_next_c(const Job& job, int64_t count, int64_t i);
   template <bool kOptions>

@@ -10,30 +10,18 @@ void ForwardScan<Cell, M>::advance_rows(const Job& job, int64_t t, int64_t count
   Walk walk{job.own, kUnits, parity != 0};
   int64_t ahead = job.w.reverse ? t - 1 : t + 1;
   int64_t coming = f_.planes && ahead >= 0 && ahead < f_.T ? rows_.alive(ahead, job.rows) : 0;
-  int64_t panel = G * n * count, columns = job.own.columns(n, f_.H).size();
+  int64_t panel = G * n * count;
   for (int64_t p = 0; p < walk.count(); p++) {
     prefetch(job, ahead, share(coming, walk.count(), p));
     CT* gates = job.gates + (walk[p] - job.own.begin) * panel;
     recur(job, count, walk, p, nullptr, gates);
     if (drops_) scale_product(gates, count, walk.units(p) * G, nullptr);
   }
-  if (small[kGain]) {
-    for (int64_t i = 0; i < count; i++)
-      tally_gates<Cell, CT>(
-          columns,
-          [&](auto f) RK_LAMBDA {
-            of_gates(job, job.gates, count, i,
-                     [&](CT* at, int64_t, int valid, int k) RK_LAMBDA { f(load(at), valid, k); });
-          },
-          &slots_.own(job.rank, i, 0));
-    job.barrier.wait();
-  }
+  if (small[kGain]) tally_rows(job, job.gates, count, count, slots_);
   RowGates row{{}, (const ST*)small[kGain], bias_hh_ + gate(job.g, 0), nullptr, K == 2 && small[kGainC]};
   for (int64_t i = 0; i < count; i++) {
     if (row.gain) {
-      Moments<CT> of_part[Slots::kParts];
-      for (int p = 0; p < Slots::kParts; p++) of_part[p] = slots_.joined(job.rank, i, p).moments(f_.options->eps);
-      for (int k = 0; k < G; k++) row.of_gate[k] = of_part[norm_part<Cell>(k)];
+      gate_moments(job, slots_, i, row.of_gate);
       if (f_.product) row.product = (CT*)f_.product + (rows_.at(t, job.rows[i]) * f_.N + job.g) * f_.product_s;
     }
     for (int64_t p = 0; p < walk.count(); p++) {
@@ -78,25 +66,40 @@ RK_INLINE void ForwardScan<Cell, M>::of_gates(const Job& job, CT* panels, int64_
   }
 }
 
+// Tells the team what this thread has of the first `rows` rows of its gates, panels of `count` rows, and waits for
+// them.
+template <class Cell, class M>
+void ForwardScan<Cell, M>::tally_rows(const Job& job, CT* panels, int64_t count, int64_t rows,
+                                      const Slots& slots) const {
+  int64_t columns = job.own.columns(n, f_.H).size();
+  for (int64_t i = 0; i < rows; i++)
+    tally_gates<Cell, CT>(
+        columns,
+        [&](auto f) RK_LAMBDA {
+          of_gates(job, panels, count, i, [&](CT* at, int64_t, int valid, int k) RK_LAMBDA { f(load(at), valid, k); });
+        },
+        &slots.own(job.rank, i, 0));
+  job.barrier.wait();
+}
+
+// Of each gate of a row, once all of the team have told.
+template <class Cell, class M>
+RK_INLINE void ForwardScan<Cell, M>::gate_moments(const Job& job, const Slots& slots, int64_t row,
+                                                  Moments<CT>* of_gate) const {
+  Moments<CT> of_part[Slots::kParts];
+  for (int p = 0; p < Slots::kParts; p++) of_part[p] = slots.joined(job.rank, row, p).moments(f_.options->eps);
+  for (int k = 0; k < G; k++) of_gate[k] = of_part[norm_part<Cell>(k)];
+}
+
 // The products of x with w_ih of the next steps, which project_input has made, and their bias. Other slots than those
 // of a step: between two of these calls lies a step's barrier.
 template <class Cell, class M>
 void ForwardScan<Cell, M>::normalise_input(const Job& job, int64_t total) {
-  int64_t columns = job.own.columns(n, f_.H).size();
-  for (int64_t i = 0; i < total; i++)
-    tally_gates<Cell, CT>(
-        columns,
-        [&](auto f) RK_LAMBDA {
-          of_gates(job, job.gx, chunk_rows_, i,
-                   [&](CT* at, int64_t, int valid, int k) RK_LAMBDA { f(load(at), valid, k); });
-        },
-        &x_slots_.own(job.rank, i, 0));
-  job.barrier.wait();
+  tally_rows(job, job.gx, chunk_rows_, total, x_slots_);
   const CT *gain = gain_ih_ + gate(job.g, 0), *bias = bias_ih_ + gate(job.g, 0);
   for (int64_t i = 0; i < total; i++) {
-    Moments<CT> of_part[Slots::kParts], of_gate[G];
-    for (int p = 0; p < Slots::kParts; p++) of_part[p] = x_slots_.joined(job.rank, i, p).moments(f_.options->eps);
-    for (int k = 0; k < G; k++) of_gate[k] = of_part[norm_part<Cell>(k)];
+    Moments<CT> of_gate[G];
+    gate_moments(job, x_slots_, i, of_gate);
     of_gates(job, job.gx, chunk_rows_, i, [&](CT* at, int64_t j, int, int k) RK_LAMBDA {
       store(at, of_gate[k].normed(load(at)) * load(gain + j * G + k * n) + load(bias + j * G + k * n));
     });
