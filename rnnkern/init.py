@@ -74,7 +74,7 @@ def chrono_(module: M, longest: float) -> M:
 
         >>> gru = rnnkern.init.chrono_(rnnkern.GRU(10, 20), 784)
     """
-    if not isinstance(longest, (int, float)) or not 2 < longest < torch.finfo(torch.float32).max:
+    if not 2 < longest < torch.finfo(torch.float32).max:
         raise ValueError(f"chrono_: expected the longest time to be a finite number above 2 steps, got {longest!r}")
     for kind, b_ih, b_hh in _gated("chrono_", module, "LSTM", "GRU"):
         gates, recurrent = b_ih.chunk(4 if kind == "LSTM" else 3), b_hh.chunk(4 if kind == "LSTM" else 3)
