@@ -2,8 +2,8 @@
 
 A step of a small layer takes a few microseconds, and so does every tensor operation that the general way needs for
 views, states and checks. Here all conditions are read off once. Dense layers with no gradient to come are one call of
-the extension; one or two steps with a gradient to come are torch's operations. Whatever does not
-fit, and every error, goes the general way: these functions then return None and have done nothing.
+the extension; one or two steps with a gradient to come are torch's operations. Whatever does not fit, and every error,
+goes the general way: these functions then return None and have done nothing.
 """
 
 from __future__ import annotations
@@ -30,19 +30,18 @@ def _step_of_lstm(module: Any, input: Tensor, hx: Any) -> Any:
     """torch.nn.LSTM's forward for one step of one layer, by the operations of a cell: its own packs the weights anew at
     every call. None: something else.
     """
+    from rnnkern.backends import torch as torch_kernels  # loaded when first asked for
+
     axis, weights = int(module.batch_first), module._flat_weights
     if input.size(axis) != 1 or len(weights) != (4 if module.bias else 2):  # more layers, directions, a projection
         return None
     x = input.select(axis, 0)
-    shape = torch.Size((x.size(0), module.hidden_size))
-    if hx is None:
-        states = (x.new_zeros(shape),) * 2
-    else:
+    if hx is not None:
         h, c = hx
-        if not h.shape == c.shape == (1, *shape) or not h.dtype == c.dtype == x.dtype:
+        if not h.shape == c.shape == (1, x.size(0), module.hidden_size) or not h.dtype == c.dtype == x.dtype:
             return None
-        states = (h[0], c[0])
-    h, c = torch.lstm_cell(x, states, *weights)
+        hx = (h[0], c[0])
+    h, c = torch_kernels.step("lstm", x, hx, *weights, *(None,) * (4 - len(weights)))
     return h.unsqueeze(axis), (h.unsqueeze(0), c.unsqueeze(0))
 
 
