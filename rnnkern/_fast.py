@@ -127,7 +127,7 @@ def layer(module: Any, cell: str, input: Any, hx: Any) -> tuple[Any, ...] | None
     if _closed():
         return None
     if _grad():
-        if cell not in _FORWARD or not input.is_cpu or input.dim() != 3:
+        if cell not in _FORWARD or not input.is_cpu or input.is_nested or input.dim() != 3:
             return None
         if input.size(1 if module.batch_first else 0) > dispatch.FEW_STEPS:
             return None
@@ -160,7 +160,7 @@ def step(
         return None
     if _grad():
         what = cell + " cell"
-        if what not in _FORWARD or input.dim() != 2 or not input.is_cpu:
+        if what not in _FORWARD or not input.is_cpu or input.is_nested or input.dim() != 2:
             return None
         found = _torchs(module, what, input, hx[0] if hx and cell != "lstm" else hx)
         return found if found is None or cell == "lstm" else (found,)
