@@ -407,7 +407,8 @@ class BackwardScan {
         diagonal(count, units, job.a_rows, (const ST*)job.w.w_hh, b, job.sums);
       else
         back_product(count, units, job.a_rows, pack_ ? hh + b * n * hh_steps_ : nullptr,
-                     hh + walk.next(p) * n * hh_steps_, hh_steps_, (const ST*)job.w.w_hh, f_.P, G * f_.H, b, job.sums);
+                     next_panel(hh, walk, p, n * hh_steps_), hh_steps_, (const ST*)job.w.w_hh, f_.P, G * f_.H, b,
+                     job.sums);
       for (int64_t i = 0; i < count; i++) {
         bool fresh = rows_.resets(rows_.at(t, job.rows[i]), job.g);
         for (int u = 0; u < units; u++)

@@ -250,12 +250,14 @@ class ForwardScan {
 
   // The left sides of a step times the recurrent weights of one panel; bias null: zero.
   RK_INLINE void recur(const Job& job, int64_t count, const Walk& walk, int64_t p, const CT* bias, CT* to) {
-    int64_t b = walk[p], at = gate(job.g, b), then = gate(job.g, walk.next(p));
+    int64_t b = walk[p];
+    const W* hh = hh_ + gate(job.g, 0) * hh_steps_;
+    const int64_t words = G * n * hh_steps_;
     const ST* w_hh = (const ST*)job.w.w_hh;
     if constexpr (Cell::kDiagonal)
       diagonal(count, walk.units(p), job.a_rows, w_hh, b, bias, to);
     else
-      product(count, walk.units(p), job.a_rows, pack_hh_ ? hh_ + at * hh_steps_ : nullptr, hh_ + then * hh_steps_,
+      product(count, walk.units(p), job.a_rows, pack_hh_ ? hh + b * words : nullptr, next_panel(hh, walk, p, words),
               hh_steps_, w_hh, f_.P, b, bias, to);
   }
 

@@ -147,9 +147,19 @@ static void pack_nn(const typename M::ST* w, int64_t ld, int64_t K, int64_t colu
 // with weights in the second and third cache: 5 to 15 % less time; with more rows, and at 16 MiB, none.
 constexpr int64_t kFetchBytes = 2048;
 
+// Whether weights that a thread reads again and again stay in its second cache, of a mebibyte or more wherever there is
+// AVX-512. Fetching them ahead then costs a single row 5 to 15 % on a Zen 5.
+static inline bool stays_near(int64_t bytes) { return bytes <= 1 << 20; }
+
+// The panel to fetch while panel p of a walk is read, of panels of so many words for each of their columns' blocks.
+template <class W>
+static inline const W* next_panel(const W* panels, const Walk& walk, int64_t p, int64_t words) {
+  return stays_near(walk.range.size() * words * int64_t(sizeof(W))) ? nullptr : panels + walk.next(p) * words;
+}
+
 // out[m][v][lane] = start[m * start_row + v][lane] + sum_k a[m][at + k] panel[k][v][lane]; start null: zero. Meanwhile
 // `steps` vectors from `ahead` on come into the second cache: what the hardware fetches by itself where weights lie in
-// the third is 28 GB/s a core on a Sapphire Rapids, too little for tiles of few rows.
+// the third is 28 GB/s a core on a Sapphire Rapids, too little for tiles of few rows. Null, to a single row: nothing.
 template <class M, int MR, int NV>
 static __attribute__((noinline)) void packed_tile(const typename M::A* const* a, int64_t at, const typename M::W* panel,
                                                   int64_t steps, const typename M::CT* start, int start_row,
@@ -167,11 +177,11 @@ static __attribute__((noinline)) void packed_tile(const typename M::A* const* a,
     for (int v = 0; v < NV; v++)
       if (start) acc[0][m][v] = load(start + (m * start_row + v) * n);
   }
-  auto add = [&](int64_t k, vec<CT>(&sum)[MR][NV]) RK_LAMBDA {
+  auto add = [&](int64_t k, vec<CT>(&sum)[MR][NV], bool fetch) RK_LAMBDA {
     if constexpr (RK_REGISTERS == 16 && MR == 1)
       for (int line = 0; line < NV * RK_VBYTES; line += 64)
         __builtin_prefetch((const char*)panel + kFetchBytes + line, 0, 3);
-    else
+    else if (fetch)
       __builtin_prefetch(ahead + k * n, 0, 2);
     // The shorter side is held, the longer one read as it is used: with both held, sums would not fit into 16
     // registers.
@@ -198,12 +208,20 @@ static __attribute__((noinline)) void packed_tile(const typename M::A* const* a,
     }
     panel += NV * n;
   };
-  int64_t k = 0;
+  auto add_all = [&](bool fetch) RK_LAMBDA {
+    if constexpr (kSets == 1) {
 #pragma GCC unroll 4
-  for (; k + kSets <= steps; k += kSets)
-#pragma GCC unroll 2
-    for (int s = 0; s < kSets; s++) add(k + s, acc[s]);
-  if (kSets > 1 && k < steps) add(k, acc[0]);
+      for (int64_t k = 0; k < steps; k++) add(k, acc[0], fetch);
+    } else {  // unrolled further, a Zen 5 took 1.4 times as long
+      int64_t k = 0;
+      for (; k + 1 < steps; k += 2) add(k, acc[0], fetch), add(k + 1, acc[1], fetch);
+      if (k < steps) add(k, acc[0], fetch);
+    }
+  };
+  if (MR == 1 && !ahead)
+    add_all(false);
+  else
+    add_all(true);
 #pragma GCC unroll 8
   for (int m = 0; m < MR; m++)
 #pragma GCC unroll 4
@@ -232,12 +250,14 @@ static void packed_tile(int rows, const typename M::A* const* a, int64_t at, con
 constexpr int64_t kTileRows = 3;
 
 // Any number of rows times one panel: out[rows][NV][n] = start[NV][n] + product. Long sums are cut so that the piece of
-// the panel and of the rows in use stays in the second cache. `next` is the panel that is read after this one.
+// the panel and of the rows in use stays in the second cache. `next` is the panel that is read after this one; null: it
+// is in the second cache already.
 template <class M, int NV>
 static void packed_rows(int64_t rows, const typename M::A* const* a, const typename M::W* panel,
                         const typename M::W* next, int64_t steps, const typename M::CT* start, typename M::CT* out) {
   if constexpr (M::kTiles)
     if (rows >= kTileRows) return tiled_rows<NV>(rows, a[0], a[1] - a[0], panel, steps, start, out);
+  if (!next && rows > 1) next = panel;
   if (rows <= max_rows(NV)) return packed_tile<M, NV>(int(rows), a, 0, panel, steps, start, 0, out, next);
   constexpr int64_t n = Simd<typename M::CT>::n, kDepth = 512;
   int64_t tiles = ceil_div(rows, max_rows(NV)), depth = steps > 2 * kDepth ? kDepth : steps;

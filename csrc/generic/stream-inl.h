@@ -66,6 +66,7 @@ class Stream final : public Stepper, Stored<typename M::CT> {
     out_blocks_ = ceil_div(P_, n);
     rest_stride_ = (cell_.states - 1) * blocks_ * n;
     m_stride_ = (ceil_div(s.H, n) + 1) * n;
+    int64_t words = 0;  // of gates' weights
     for (int64_t k = 0; k < s.layers * s.groups; k++) {
       Layer& l = layers_.layer[k];
       l.first = k % s.groups * G * H_;
@@ -82,11 +83,13 @@ class Stream final : public Stepper, Stored<typename M::CT> {
       l.h = l.part[kInput].steps * M::kPair;
       l.stride = (ceil_div(l.h + P_, n) + 1) * n;  // vectors may reach past the end
       l.gates.allocate(columns[0] * l.steps());
+      words += columns[0] * l.steps();
       if (s.projected) l.hr.allocate(columns[2] * l.part[kProjection].steps);
       l.row.allocate(s.B * l.stride);
       if (cell_.diagonal) l.own.allocate(columns[1]);
       l.rest.allocate(s.B * rest_stride_);
     }
+    near_ = stays_near(words * sizeof(W));
     if (s.V) {
       const int64_t columns = ceil_div(s.V, n) * n;
       head_.steps = ceil_div(s.P, M::kPair);
@@ -316,12 +319,12 @@ class Stream final : public Stepper, Stored<typename M::CT> {
     for (int64_t p = 0; p < walk.count(); p++) {
       int64_t b = walk[p], at = b * G * n;
       int units = walk.units(p), NV = units * G;
-      const W *panel = l.gates + at * l.steps(), *next = l.gates + walk.next(p) * G * n * l.steps();
+      const W *panel = l.gates + at * l.steps(), *next = near_ ? nullptr : l.gates + walk.next(p) * G * n * l.steps();
       if (joined_) {
         product(kInput, count, NV, panel, next, l.steps(), x, at, sums_[0]);
       } else {
         const W* second = panel + x.steps * NV * n;
-        product(kInput, count, NV, panel, second, x.steps, x, at, sums_[0]);
+        product(kInput, count, NV, panel, near_ ? nullptr : second, x.steps, x, at, sums_[0]);
         product(kHidden, count, NV, second, next, h.steps, h, at, sums_[1]);
       }
       for (int64_t i = 0; i < count; i++) (this->*step_)(l, i, b, units, gates ? gates[active_[i]] : nullptr);
@@ -433,6 +436,7 @@ class Stream final : public Stepper, Stored<typename M::CT> {
   void (Stream::*step_)(Layer&, int64_t, int64_t, int, const CT*);
   int units_;    // blocks in a panel
   bool joined_;  // x and h in one product
+  bool near_;    // the weights of all layers stay in the second cache
   Layers layers_;
   Matrix head_;
   Owned<W> head_panels_;
