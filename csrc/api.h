@@ -205,6 +205,18 @@ class Attention {
   const AttentionShape shape;
 };
 
+// out [M, N] = a [M, K] b [K, N], or that added to it, in f32 or f64. One of a's strides is 1; rows of b and of out are
+// of neighbouring elements. No size is 0.
+struct Gemm {
+  DType dtype = DType::f32;
+  int64_t M = 0, N = 0, K = 0;
+  const void *a = nullptr, *b = nullptr;
+  void* out = nullptr;
+  int64_t a_m = 0, a_k = 0, b_k = 0, out_m = 0;
+  bool add = false;
+  int threads = 1;
+};
+
 // The kernels of one instruction set.
 struct Kernels {
   const char* name;
@@ -213,6 +225,7 @@ struct Kernels {
   void (*backward)(const Backward&);
   Stepper* (*stepper)(const StreamShape&);         // with zero states and nothing packed; throws std::runtime_error
   Attention* (*attention)(const AttentionShape&);  // nothing packed; throws likewise
+  void (*gemm)(const Gemm&);                       // null: there is none
 };
 
 extern const Kernels kBaseline, kAvx2, kAvx512, kAvx512Bf16, kAmxBf16;
@@ -220,5 +233,9 @@ extern const Kernels kBaseline, kAvx2, kAvx512, kAvx512Bf16, kAmxBf16;
 // The set that RNNKERN_CPU_ISA names or else the best that this machine has; throws std::runtime_error with the reason.
 const Kernels& choose_kernels(const char* requested);
 const char* const* known_isas();  // null-terminated, best first
+
+// Whether its matrix products are faster here than those that torch calls. On AMD's processors MKL keeps to AVX2: half
+// as many numbers an instruction as a Zen 5 computes.
+bool gemm_pays(const Kernels& kernels);
 
 }  // namespace rnnkern

@@ -133,6 +133,14 @@ const char* const* known_isas() {
   return names;
 }
 
+bool gemm_pays(const Kernels& kernels) {
+#if defined(__x86_64__)
+  return kernels.gemm && __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
+
 const Kernels& choose_kernels(const char* requested) {
   bool any = !requested || !*requested;
   for (const Kernels* k : kAll) {

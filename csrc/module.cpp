@@ -166,6 +166,17 @@ void backward(const std::string& isa, int cell, int dtype, const py::tuple& size
   k.backward(f);
 }
 
+void gemm(const std::string& isa, int dtype, int64_t M, int64_t N, int64_t K, py::int_ a, int64_t a_m, int64_t a_k,
+          py::int_ b, int64_t b_k, py::int_ out, int64_t out_m, bool add, int threads) {
+  const Kernels& k = kernels(isa);
+  if (!k.gemm) throw std::invalid_argument(std::string("no products of matrices with ") + k.name);
+  Gemm g{DType(dtype), M,   N,   K,     pointer(a), pointer(b), const_cast<void*>(pointer(out)),
+         a_m,          a_k, b_k, out_m, add,        threads};
+  if (PyErr_Occurred()) throw py::error_already_set();
+  py::gil_scoped_release nogil;
+  k.gemm(g);
+}
+
 }  // namespace
 }  // namespace rnnkern
 
@@ -176,6 +187,10 @@ PYBIND11_MODULE(_cpu, m) {
   for (PyMethodDef* methods : {kLayerMethods, kRowMethods})
     if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
   m.def("backward", &backward);
+  m.def("gemm", &gemm);
+  m.def(
+      "gemm_pays", [](const std::string& isa) { return gemm_pays(kernels(isa)); },
+      "Whether matrix products of this instruction set are faster here than torch's.");
   py::object stream = py::reinterpret_steal<py::object>(stream_type());
   if (!stream) throw py::error_already_set();
   m.attr("Stream") = stream;

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rnnkern._ops import has_own_gradient
 from rnnkern._plan import Plan
+from rnnkern._products import mm
 from rnnkern.backends.base import ScanGrads, ScanInputs, accumulation_dtype
 from rnnkern.cells import CELLS
 
@@ -49,7 +50,7 @@ def layer_gradients(
             if wanted[at]:
                 if read is None:
                     read = _rows_that_exist(inputs, x)
-                grads[at] = _outer(dgx_n, read[:, n // directions], plan.samples)
+                grads[at] = _outer(dgx_n, read[:, n // directions], plan.samples, in_place)
             at += 1
         bias = None
         if plan.bias:
@@ -66,7 +67,7 @@ def layer_gradients(
                 shared = bias is not None and not plan.cell.split
                 grads[at] = bias.clone() if shared and bias is not None else _total(dgh[:, n], plan.samples)
             elif name == "w_hr":
-                grads[at] = _outer(d.dh[:, n], hidden[:, n], plan.samples)
+                grads[at] = _outer(d.dh[:, n], hidden[:, n], plan.samples, in_place)
             else:
                 grads[at] = d.dsmall[n][own.index(name)]
             at += 1
@@ -164,9 +165,9 @@ def _d_input(dgx: Tensor, w_ih: Sequence[Tensor], models: int, in_place: bool) -
     directions = len(w_ih) // models
     columns = []
     for m in range(models):
-        total = torch.mm(dgx[:, m * directions], w_ih[m * directions])
+        total = _product(dgx[:, m * directions], w_ih[m * directions], in_place)
         for n in range(m * directions + 1, (m + 1) * directions):
-            total = _add_product(total, dgx[:, n], w_ih[n], in_place)
+            total = _product(dgx[:, n], w_ih[n], in_place, total)
         columns.append(total)
     return columns[0].unsqueeze(1) if models == 1 else torch.stack(columns, 1)
 
@@ -176,26 +177,30 @@ def _d_recurrent(dprod: Tensor, entering: Entering, n: int, samples: int) -> Ten
         h = entering(n)
         wide = accumulation_dtype(h.dtype)
         return _total(dprod.to(wide) * h.to(wide).repeat(1, dprod.shape[-1] // h.shape[-1]), samples).to(h.dtype)
+    in_place = entering.in_place
     if samples or not entering.bare:
-        return _outer(dprod, entering(n), samples)
+        return _outer(dprod, entering(n), samples, in_place)
     # Dense and unmasked: the rows of y, shifted, are h_entering; joining them to h0 would copy all of y.
     y, h0, B = entering.y[:, n], entering.inputs.states[0][n], entering.inputs.B
     reach = dprod.shape[0] - B
     if reach <= 0:
-        return torch.mm(dprod.t(), h0)
+        return _product(dprod.t(), h0, in_place)
     if entering.inputs.spec.reverse[n]:
-        return _add_product(torch.mm(dprod[:reach].t(), y[B:]), dprod[reach:].t(), h0, entering.in_place)
-    return _add_product(torch.mm(dprod[B:].t(), y[:reach]), dprod[:B].t(), h0, entering.in_place)
+        return _product(dprod[reach:].t(), h0, in_place, _product(dprod[:reach].t(), y[B:], in_place))
+    return _product(dprod[:B].t(), h0, in_place, _product(dprod[B:].t(), y[:reach], in_place))
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor, in_place: bool) -> Tensor:
-    return total.addmm_(a, b) if in_place else total + torch.mm(a, b)
+def _product(a: Tensor, b: Tensor, in_place: bool, total: Tensor | None = None) -> Tensor:
+    """a b, or that and `total`, whose memory may be taken."""
+    if in_place:
+        return mm(a, b, total)
+    return torch.mm(a, b) if total is None else total + torch.mm(a, b)
 
 
-def _outer(a: Tensor, b: Tensor, samples: int) -> Tensor:
+def _outer(a: Tensor, b: Tensor, samples: int, in_place: bool) -> Tensor:
     """Sum over rows of a^T b, kept apart per sample where rows hold several."""
     if not samples:
-        return torch.mm(a.t(), b)
+        return _product(a.t(), b, in_place)
     a, b = (v.reshape(v.shape[0] // samples, samples, v.shape[-1]) for v in (a, b))
     return a.permute(1, 2, 0) @ b.transpose(0, 1)
 

@@ -11,3 +11,5 @@ static void backward(const Backward& call) {
   if (call.dtype != DType::bf16) return kAvx512.backward(call);
   run_cell<BackwardScan, Pairs>(call);
 }
+
+static void gemm(const Gemm& call) { kAvx512.gemm(call); }

@@ -38,3 +38,10 @@ static Attention* attention(const AttentionShape& shape) {
       return new Attending<Whole<float>>(shape);
   }
 }
+
+#if RK_VBYTES == 64
+static void gemm(const Gemm& call) {
+  if (call.dtype == DType::f64) return run_scan<GemmRun<double>>(call);
+  run_scan<GemmRun<float>>(call);
+}
+#endif

@@ -27,6 +27,7 @@
 #include "logits-inl.h"
 #include "stream-inl.h"
 #include "attention-inl.h"
+#include "gemm-inl.h"
 // clang-format on
 
 template <class ST>

@@ -64,7 +64,7 @@ static bool supported() {
   return false;
 #endif
 }
-extern const Kernels kAmxBf16 = {"amx_bf16",         supported,         amx_bf16::forward,
-                                 amx_bf16::backward, amx_bf16::stepper, amx_bf16::attention};
+extern const Kernels kAmxBf16 = {"amx_bf16",        supported,           amx_bf16::forward, amx_bf16::backward,
+                                 amx_bf16::stepper, amx_bf16::attention, amx_bf16::gemm};
 }  // namespace rnnkern
 #endif

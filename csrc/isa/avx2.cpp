@@ -36,6 +36,7 @@ namespace rnnkern {
 static bool supported() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
-extern const Kernels kAvx2 = {"avx2", supported, avx2::forward, avx2::backward, avx2::stepper, avx2::attention};
+extern const Kernels kAvx2 = {"avx2",        supported,       avx2::forward, avx2::backward,
+                              avx2::stepper, avx2::attention, nullptr};
 }  // namespace rnnkern
 #endif

@@ -38,7 +38,7 @@ static bool supported() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("f16c");
 }
-extern const Kernels kAvx512 = {"avx512",         supported,       avx512::forward,
-                                avx512::backward, avx512::stepper, avx512::attention};
+extern const Kernels kAvx512 = {"avx512",        supported,         avx512::forward, avx512::backward,
+                                avx512::stepper, avx512::attention, avx512::gemm};
 }  // namespace rnnkern
 #endif

@@ -49,8 +49,8 @@ namespace rnnkern {
 static bool supported() {  // every processor with the second has the first
   return kAvx512.supported() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
 }
-extern const Kernels kAvx512Bf16 = {"avx512_bf16",        supported,
-                                    avx512_bf16::forward, avx512_bf16::backward,
-                                    avx512_bf16::stepper, avx512_bf16::attention};
+extern const Kernels kAvx512Bf16 = {
+    "avx512_bf16",          supported,        avx512_bf16::forward, avx512_bf16::backward, avx512_bf16::stepper,
+    avx512_bf16::attention, avx512_bf16::gemm};
 }  // namespace rnnkern
 #endif

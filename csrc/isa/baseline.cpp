@@ -20,6 +20,6 @@ namespace baseline {
 
 namespace rnnkern {
 static bool supported() { return true; }
-extern const Kernels kBaseline = {"baseline",         supported,         baseline::forward,
-                                  baseline::backward, baseline::stepper, baseline::attention};
+extern const Kernels kBaseline = {
+    "baseline", supported, baseline::forward, baseline::backward, baseline::stepper, baseline::attention, nullptr};
 }  // namespace rnnkern
