@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdlib>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -177,6 +178,39 @@ void gemm(const std::string& isa, int dtype, int64_t M, int64_t N, int64_t K, py
   k.gemm(g);
 }
 
+// h as it enters each row of a packed batch: that after the step before in the walk's direction, or h0. Rows of so many
+// bytes; strides in bytes, those of `to` are the rows.
+void entering(py::int_ to_, py::int_ y_, int64_t y_s, py::int_ h0_, int64_t h0_b, int64_t bytes, py::int_ offsets_,
+              py::int_ lengths_, int64_t T, int64_t B, int64_t S, bool reverse) {
+  char* to = static_cast<char*>(const_cast<void*>(pointer(to_)));
+  const char *y = static_cast<const char*>(pointer(y_)), *h0 = static_cast<const char*>(pointer(h0_));
+  const int64_t *offsets = static_cast<const int64_t*>(pointer(offsets_)),
+                *lengths = static_cast<const int64_t*>(pointer(lengths_));
+  if (PyErr_Occurred()) throw py::error_already_set();
+  Scan s;
+  s.T = T, s.B = B, s.S = S, s.offsets = offsets, s.lengths = lengths;
+  check_rows(s);
+  py::gil_scoped_release nogil;
+  auto copy = [&](int64_t row, const char* from, int64_t stride, int64_t rows) {
+    if (stride == bytes) {
+      std::memcpy(to + row * bytes, from, rows * bytes);
+    } else {
+      for (int64_t i = 0; i < rows; i++) std::memcpy(to + (row + i) * bytes, from + i * stride, bytes);
+    }
+  };
+  int64_t alive = B;
+  for (int64_t t = 0; t < T; t++) {
+    while (alive && lengths[alive - 1] <= t) alive--;
+    int64_t with = alive;  // those that the step before in the walk's direction has too
+    if (reverse)
+      while (with && lengths[with - 1] <= t + 1) with--;
+    else if (!t)
+      with = 0;
+    if (with) copy(offsets[t], y + offsets[reverse ? t + 1 : t - 1] * y_s, y_s, with);
+    if (with < alive) copy(offsets[t] + with, h0 + with * h0_b, h0_b, alive - with);
+  }
+}
+
 }  // namespace
 }  // namespace rnnkern
 
@@ -187,6 +221,7 @@ PYBIND11_MODULE(_cpu, m) {
   for (PyMethodDef* methods : {kLayerMethods, kRowMethods})
     if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
   m.def("backward", &backward);
+  m.def("entering", &entering);
   m.def("gemm", &gemm);
   m.def(
       "gemm_pays", [](const std::string& isa) { return gemm_pays(kernels(isa)); },

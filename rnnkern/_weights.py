@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rnnkern import dispatch
 from rnnkern._ops import has_own_gradient
 from rnnkern._plan import Plan
 from rnnkern._products import mm
@@ -91,10 +92,29 @@ class Entering:
             return y
         if self.dense:
             return torch.cat((y[B:], h0) if reverse else (h0, y[: y.shape[0] - B]))
+        if (entered := self._copied(y, h0, reverse)) is not None:
+            return entered
         before, first, _ = self.where(reverse)
         h = y.index_select(0, before)
         h = h.index_copy_(0, first, h0) if self.in_place else h.index_copy(0, first, h0)
         return h[:-1]
+
+    def _copied(self, y: Tensor, h0: Tensor, reverse: bool) -> Tensor | None:
+        """`shifted` of a packed batch by the extension, which needs no indices; None where it cannot."""
+        inputs, offsets, lengths = self.inputs, self.inputs.offsets, self.inputs.lengths
+        if not (self.in_place and y.is_cpu and y.stride(1) == 1 and dispatch.unavailable("cpp") is None):
+            return None
+        if offsets is None or lengths is None:
+            return None
+        from rnnkern import _cpu
+
+        h0, out, size = h0.contiguous(), torch.empty(y.shape, dtype=y.dtype), y.element_size()
+        offsets, lengths = offsets.contiguous(), lengths.contiguous()
+        _cpu.entering(
+            out.data_ptr(), y.data_ptr(), y.stride(0) * size, h0.data_ptr(), h0.stride(0) * size, y.shape[1] * size,
+            offsets.data_ptr(), lengths.data_ptr(), inputs.T, inputs.B, y.shape[0], reverse,
+        )  # fmt: skip
+        return out
 
     def __call__(self, n: int) -> Tensor:
         """`shifted` with resets and recurrent dropout applied."""
