@@ -10,6 +10,7 @@
 
 #include "api.h"
 #include "tensors.h"
+#include "threads.h"
 
 namespace rnnkern {
 namespace {
@@ -86,12 +87,31 @@ class Segments {
     }
   }
 
-  // Rows past a length are nobody's step.
-  void clear(void* rows, int64_t bytes) const {
-    if (lengths_) std::memset(rows, 0, bytes);
+  // Rows past a length are nobody's step. By all threads: memory that is touched for the first time takes longer than
+  // to write zeros.
+  void clear(void* rows, int64_t bytes, const Forward& f) const {
+    if (!lengths_ || !bytes) return;
+    prefer_large_pages(rows, bytes);
+    Clearing c{lengths_, static_cast<char*>(rows), f.T, f.B, bytes / (f.T * f.B), bytes < kShared ? 1 : f.threads};
+    if (!run_parallel(c.threads, clear_share, &c)) c.threads = 1, clear_share(&c, 0);
   }
 
  private:
+  static constexpr int64_t kShared = 512 << 10;  // bytes that are worth more than one thread
+  struct Clearing {
+    const int64_t* lengths;
+    char* rows;
+    int64_t T, B, bytes;
+    int threads;
+  };
+
+  static void clear_share(void* context, int rank) {
+    const Clearing& c = *static_cast<Clearing*>(context);
+    for (int64_t t = c.T * rank / c.threads; t < c.T * (rank + 1) / c.threads; t++)
+      for (int64_t b = 0; b < c.B; b++)
+        if (t >= c.lengths[b]) std::memset(c.rows + (t * c.B + b) * c.bytes, 0, c.bytes);
+  }
+
   // A boundary before step t of a row that goes on is met by the way back as it enters t - 1.
   void both_directions(const Forward& f) {
     both_.resize(f.S * 2);
@@ -276,8 +296,8 @@ PyObject* stack(PyObject*, PyObject* const* args, Py_ssize_t count) {
       f.weights = all.data() + n * f.N;
       if (!given) f.x = n ? f.y : x.data(), f.I = f.x_s = f.x_m = n ? above : width;
       f.y = keep ? seq[0][n] : n == layers - 1 ? y_data : between[n % 2].get();
-      segments.clear(f.y, y_bytes);
-      for (int k = 1; keep && k < K; k++) segments.clear(f.seq[k] = seq[k][n], seq_bytes);
+      segments.clear(f.y, y_bytes, f);
+      for (int k = 1; keep && k < K; k++) segments.clear(f.seq[k] = seq[k][n], seq_bytes, f);
       segments.give(f, n * directions);
       for (int k = 0; k < K; k++) state[k].give(f, k, n * f.N);
       kernels.forward(f);

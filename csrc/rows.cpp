@@ -50,6 +50,7 @@ PyObject* move_rows(PyObject*, PyObject* const* args, Py_ssize_t count) {
   PyObject* made = fresh(args[0], sizes, 2, false, &to);
   if (!made) return nullptr;
   Moving m{static_cast<char*>(x.data()), static_cast<char*>(to), from, sizes[0], sizes[1] * size_of(dtype), 1};
+  prefer_large_pages(to, m.rows * m.bytes);
   const int64_t most = m.rows * m.bytes / kShare;
   m.threads = int(threads < most ? threads : most < 1 ? 1 : most);
   PyThreadState* released = m.rows * m.bytes > kShare ? PyEval_SaveThread() : nullptr;
