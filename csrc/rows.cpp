@@ -12,6 +12,7 @@ namespace rnnkern {
 namespace {
 
 constexpr int64_t kShare = 256 << 10;  // bytes for a thread of its own
+constexpr int64_t kAhead = 2048;       // bytes fetched before they are moved
 
 struct Moving {
   const char* from;
@@ -23,7 +24,10 @@ struct Moving {
 
 void move_share(void* context, int rank) {
   const Moving& m = *static_cast<Moving*>(context);
-  for (int64_t i = m.rows * rank / m.threads; i < m.rows * (rank + 1) / m.threads; i++) {
+  const int64_t end = m.rows * (rank + 1) / m.threads, ahead = kAhead / (m.bytes + 1) + 1;
+  for (int64_t i = m.rows * rank / m.threads; i < end; i++) {
+    if (i + ahead < end && m.index[i + ahead] >= 0)
+      for (int64_t k = 0; k < m.bytes; k += 64) __builtin_prefetch(m.from + m.index[i + ahead] * m.bytes + k);
     if (m.index[i] < 0)
       std::memset(m.to + i * m.bytes, 0, m.bytes);
     else
@@ -50,7 +54,6 @@ PyObject* move_rows(PyObject*, PyObject* const* args, Py_ssize_t count) {
   PyObject* made = fresh(args[0], sizes, 2, false, &to);
   if (!made) return nullptr;
   Moving m{static_cast<char*>(x.data()), static_cast<char*>(to), from, sizes[0], sizes[1] * size_of(dtype), 1};
-  prefer_large_pages(to, m.rows * m.bytes);
   const int64_t most = m.rows * m.bytes / kShare;
   m.threads = int(threads < most ? threads : most < 1 ? 1 : most);
   PyThreadState* released = m.rows * m.bytes > kShare ? PyEval_SaveThread() : nullptr;

@@ -30,7 +30,6 @@ class GemmRun {
     mem_.add(&rows_, threads_ * rows_size_);
     mem_.add(&parts_, apart_ ? threads_ * g_.M * g_.N : 0);
     mem_.allocate();
-    if (!g_.add && g_.out_m == g_.N) prefer_large_pages(g_.out, g_.M * g_.N * sizeof(CT));
     barrier_.reset(threads_);
   }
 
