@@ -178,36 +178,38 @@ void gemm(const std::string& isa, int dtype, int64_t M, int64_t N, int64_t K, py
   k.gemm(g);
 }
 
-// h as it enters each row of a packed batch: that after the step before in the walk's direction, or h0. Rows of so many
-// bytes; strides in bytes, those of `to` are the rows.
-void entering(py::int_ to_, py::int_ y_, int64_t y_s, py::int_ h0_, int64_t h0_b, int64_t bytes, py::int_ offsets_,
-              py::int_ lengths_, int64_t T, int64_t B, int64_t S, bool reverse) {
-  char* to = static_cast<char*>(const_cast<void*>(pointer(to_)));
-  const char *y = static_cast<const char*>(pointer(y_)), *h0 = static_cast<const char*>(pointer(h0_));
-  const int64_t *offsets = static_cast<const int64_t*>(pointer(offsets_)),
-                *lengths = static_cast<const int64_t*>(pointer(lengths_));
-  if (PyErr_Occurred()) throw py::error_already_set();
+// h as it enters each row of a dense or packed batch: that after the step before in the walk's direction, or h0; zero
+// where `reset` says so, which may be null. Rows of so many bytes; strides in bytes, those of `to` are the rows.
+void entering(const py::tuple& rows, const py::tuple& layout, int64_t bytes, bool reverse) {
+  char* to = static_cast<char*>(const_cast<void*>(pointer(rows[0])));
+  const char *y = static_cast<const char*>(pointer(rows[1])), *h0 = static_cast<const char*>(pointer(rows[3]));
+  const int64_t y_s = integer(rows[2]), h0_b = integer(rows[4]);
   Scan s;
-  s.T = T, s.B = B, s.S = S, s.offsets = offsets, s.lengths = lengths;
+  s.T = integer(layout[0]), s.B = integer(layout[1]), s.S = integer(layout[2]);
+  s.offsets = static_cast<const int64_t*>(pointer(layout[3]));
+  s.lengths = static_cast<const int64_t*>(pointer(layout[4]));
+  s.reset = static_cast<const uint8_t*>(pointer(layout[5])), s.reset_s = integer(layout[6]);
+  if (PyErr_Occurred()) throw py::error_already_set();
   check_rows(s);
   py::gil_scoped_release nogil;
-  auto copy = [&](int64_t row, const char* from, int64_t stride, int64_t rows) {
+  auto copy = [&](int64_t row, const char* from, int64_t stride, int64_t count) {
     if (stride == bytes) {
-      std::memcpy(to + row * bytes, from, rows * bytes);
+      std::memcpy(to + row * bytes, from, count * bytes);
     } else {
-      for (int64_t i = 0; i < rows; i++) std::memcpy(to + (row + i) * bytes, from + i * stride, bytes);
+      for (int64_t i = 0; i < count; i++) std::memcpy(to + (row + i) * bytes, from + i * stride, bytes);
     }
   };
-  int64_t alive = B;
-  for (int64_t t = 0; t < T; t++) {
-    while (alive && lengths[alive - 1] <= t) alive--;
+  auto first = [&](int64_t t) { return s.offsets ? s.offsets[t] : t * s.B; };
+  int64_t alive = s.B;
+  for (int64_t t = 0; t < s.T; t++) {
+    while (s.lengths && alive && s.lengths[alive - 1] <= t) alive--;
     int64_t with = alive;  // those that the step before in the walk's direction has too
-    if (reverse)
-      while (with && lengths[with - 1] <= t + 1) with--;
-    else if (!t)
-      with = 0;
-    if (with) copy(offsets[t], y + offsets[reverse ? t + 1 : t - 1] * y_s, y_s, with);
-    if (with < alive) copy(offsets[t] + with, h0 + with * h0_b, h0_b, alive - with);
+    if (reverse ? t + 1 == s.T : t == 0) with = 0;
+    while (reverse && s.lengths && with && s.lengths[with - 1] <= t + 1) with--;
+    if (with) copy(first(t), y + first(reverse ? t + 1 : t - 1) * y_s, y_s, with);
+    if (with < alive) copy(first(t) + with, h0 + with * h0_b, h0_b, alive - with);
+    for (int64_t i = first(t); s.reset && i < first(t) + alive; i++)
+      if (s.reset[i * s.reset_s]) std::memset(to + i * bytes, 0, bytes);
   }
 }
 

@@ -86,52 +86,62 @@ class Entering:
 
     def shifted(self, n: int) -> Tensor:
         """[S, P]: h after the step before this one, in the group's own direction, or the initial state."""
-        inputs, y, h0, B = self.inputs, self.y[:, n], self.inputs.states[0][n].to(self.y.dtype), self.inputs.B
+        inputs, y, h0, B = self.inputs, self.y[:, n], self._first(n), self.inputs.B
         reverse = inputs.spec.reverse[n]
         if not y.shape[0]:
             return y
         if self.dense:
             return torch.cat((y[B:], h0) if reverse else (h0, y[: y.shape[0] - B]))
-        if (entered := self._copied(y, h0, reverse)) is not None:
-            return entered
         before, first, _ = self.where(reverse)
         h = y.index_select(0, before)
         h = h.index_copy_(0, first, h0) if self.in_place else h.index_copy(0, first, h0)
         return h[:-1]
 
-    def _copied(self, y: Tensor, h0: Tensor, reverse: bool) -> Tensor | None:
-        """`shifted` of a packed batch by the extension, which needs no indices; None where it cannot."""
-        inputs, offsets, lengths = self.inputs, self.inputs.offsets, self.inputs.lengths
+    def _first(self, n: int) -> Tensor:
+        return self.inputs.states[0][n].to(self.y.dtype)
+
+    def _copied(self, n: int) -> Tensor | None:
+        """`shifted`, zero where a sequence restarts, by the extension, which needs no indices; None where it cannot."""
+        inputs, y, packed = self.inputs, self.y[:, n], self.inputs.offsets is not None
         if not (self.in_place and y.is_cpu and y.stride(1) == 1 and dispatch.unavailable("cpp") is None):
             return None
-        if offsets is None or lengths is None:
+        if not (packed or self.dense) or inputs.reset_states:
             return None
         from rnnkern import _cpu
 
-        h0, out, size = h0.contiguous(), torch.empty(y.shape, dtype=y.dtype), y.element_size()
-        offsets, lengths = offsets.contiguous(), lengths.contiguous()
+        h0, out, size = self._first(n).contiguous(), torch.empty(y.shape, dtype=y.dtype), y.element_size()
+        kept = [None if v is None else v.contiguous() for v in (inputs.offsets, inputs.lengths)]
+        reset = (0, 0) if inputs.reset is None else (inputs.reset[:, n].data_ptr(), inputs.reset.stride(0))
         _cpu.entering(
-            out.data_ptr(), y.data_ptr(), y.stride(0) * size, h0.data_ptr(), h0.stride(0) * size, y.shape[1] * size,
-            offsets.data_ptr(), lengths.data_ptr(), inputs.T, inputs.B, y.shape[0], reverse,
-        )  # fmt: skip
+            (out.data_ptr(), y.data_ptr(), y.stride(0) * size, h0.data_ptr(), h0.stride(0) * size),
+            (inputs.T, inputs.B, y.shape[0], *(0 if v is None else v.data_ptr() for v in kept), *reset),
+            y.shape[1] * size,
+            inputs.spec.reverse[n],
+        )
         return out
 
     def __call__(self, n: int) -> Tensor:
         """`shifted` with resets and recurrent dropout applied."""
-        inputs, spec, h = self.inputs, self.inputs.spec, self.shifted(n)
-        if inputs.reset is not None and inputs.reset_states:
-            restart = self.per_row(inputs.reset_states[0][n], n)
-            h = torch.where(inputs.reset[:, n].unsqueeze(-1), restart, h)
-        elif inputs.reset is not None and self.in_place and h.is_cpu:  # a copy of y, of which few rows are meant
-            h.index_fill_(0, inputs.reset[:, n].nonzero().flatten(), 0)
-        elif inputs.reset is not None:
-            h = h.masked_fill(inputs.reset[:, n].unsqueeze(-1), 0)
+        inputs, spec = self.inputs, self.inputs.spec
+        h = self._copied(n)
+        if h is None:
+            h = self._restarted(self.shifted(n), n)
         for name, scale, mask in zip(spec.noise, spec.scales, inputs.noise, strict=True):
             if name == "h":
                 h = h * self.per_row(mask[n], n).to(h.dtype) * scale
             elif name == "h_step":
                 h = h * mask[:, n].to(h.dtype) * scale
         return h
+
+    def _restarted(self, h: Tensor, n: int) -> Tensor:
+        inputs = self.inputs
+        if inputs.reset is None:
+            return h
+        if inputs.reset_states:
+            return torch.where(inputs.reset[:, n].unsqueeze(-1), self.per_row(inputs.reset_states[0][n], n), h)
+        if self.in_place and h.is_cpu:  # a copy of y, of which few rows are meant
+            return h.index_fill_(0, inputs.reset[:, n].nonzero().flatten(), 0)
+        return h.masked_fill(inputs.reset[:, n].unsqueeze(-1), 0)
 
     def per_row(self, v: Tensor, n: int) -> Tensor:
         """[B, W] -> [S, W]: each row's batch row of `v`."""
