@@ -9,10 +9,13 @@ from rnnkern import dispatch
 from rnnkern._dynamo import constant
 
 _DTYPES = {torch.float64: 0, torch.float32: 1}  # as csrc/api.h has them
+_THREAD = 1 << 20  # multiplications that are worth a thread of its own
+
+_found: str | None = None
 
 
 @constant  # a trace must not enter imports
-def _isa() -> str:
+def isa() -> str:
     """The instruction set whose products are faster than torch's here; empty where there is none."""
     global _found
     if _found is None:
@@ -25,13 +28,11 @@ def _isa() -> str:
     return _found
 
 
-_found: str | None = None
-
-
 def mm(a: Tensor, b: Tensor, total: Tensor | None = None) -> Tensor:
-    """a b, or `total` with that added to it in place. Plain tensors only: no transform sees this."""
+    """a b, or `total`, made here, with that added to it in place. Plain tensors only: no transform sees this."""
     (M, K), N = a.shape, b.shape[1]
-    if not (a.is_cpu and a.dtype in _DTYPES and _isa() and M and N and K):
+    fits = a.is_cpu and b.is_cpu and a.dtype in _DTYPES and a.dtype == b.dtype and b.shape[0] == K
+    if not (fits and isa() and M and N and K):
         return torch.mm(a, b) if total is None else total.addmm_(a, b)
     from rnnkern import _cpu
 
@@ -40,10 +41,7 @@ def mm(a: Tensor, b: Tensor, total: Tensor | None = None) -> Tensor:
     out = torch.empty(M, N, dtype=a.dtype) if total is None else total
     threads = min(torch.get_num_threads(), 1 + M * N * K // _THREAD)
     _cpu.gemm(
-        _isa(), _DTYPES[a.dtype], M, N, K, a.data_ptr(), *a.stride(), b.data_ptr(), b.stride(0), out.data_ptr(),
+        isa(), _DTYPES[a.dtype], M, N, K, a.data_ptr(), *a.stride(), b.data_ptr(), b.stride(0), out.data_ptr(),
         out.stride(0), total is not None, threads,
     )  # fmt: skip
     return out
-
-
-_THREAD = 1 << 20  # multiplications that are worth a thread of its own

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 
 import rnnkern
-from rnnkern import _cuda, dispatch
+from rnnkern import _cuda, _products, dispatch
 from rnnkern.backends.base import ScanInputs, ScanSpec
 from rnnkern.cells import CELLS
 
@@ -160,6 +160,7 @@ def text() -> str:
             ("rnnkern", f"{rnnkern.__version__}, {versions}"),
             ("processor", f"{processor()}; torch sees {torch.backends.cpu.get_cpu_capability()}"),
             ("instruction sets", instruction_sets()),
+            ("matrix products", f"{'the extension' if _products.isa() else 'torch'}'s, in a backward in float32"),
             ("threads", f"{torch.get_num_threads()} (torch.get_num_threads()), {os.cpu_count()} processors"),
             ("GPU", cuda),
         ]

@@ -98,6 +98,13 @@ def test_gradients_of_layers(ours: None, kind: str, dtype: torch.dtype, memory: 
     check_grad(grads, their_grads, true_grads, kind)
 
 
+def test_what_does_not_fit_is_torchs_error(ours: None) -> None:
+    for a, b in ((torch.ones(2, 3), torch.ones(4, 5)), (torch.ones(2, 3), torch.ones(3, 5).double())):
+        for total in (None, torch.ones(2, 5)):
+            with pytest.raises(RuntimeError):
+                _products.mm(a, b, total)
+
+
 @pytest.mark.skipif(not NATIVE, reason="the extension was not built")
 def test_what_has_none_says_so() -> None:
     from rnnkern import _cpu
