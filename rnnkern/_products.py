@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from rnnkern import dispatch
 from rnnkern._dynamo import constant
+from rnnkern._run import real, unwatched
 
 _DTYPES = {torch.float64: 0, torch.float32: 1}  # as csrc/api.h has them
 _THREAD = 1 << 20  # multiplications that are worth a thread of its own
@@ -45,3 +49,27 @@ def mm(a: Tensor, b: Tensor, total: Tensor | None = None) -> Tensor:
         out.stride(0), total is not None, threads,
     )  # fmt: skip
     return out
+
+
+def linear(x: Tensor, w: Tensor) -> Tensor:
+    """x w^T [S, G], differentiable to any order, and by every transform."""
+    small = x.shape[0] * w.numel() < _THREAD  # a custom function costs as much
+    if small or not (x.is_cpu and x.dtype in _DTYPES and unwatched() and isa() and real((x, w))):
+        return functional.linear(x, w)
+    return functional.linear(x, w) if torch.is_autocast_enabled("cpu") else _Linear.apply(x, w)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return mm(x, w.t())
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, w = ctx.saved_tensors
+        batched = torch._C._functorch.is_legacy_batchedtensor(d)  # is_grads_batched, of which `real` knows nothing
+        plain = not (torch.is_grad_enabled() or batched) and unwatched() and real((d, x, w))
+        product = mm if plain else torch.mm
+        to_x, to_w = ctx.needs_input_grad
+        return product(d, w) if to_x else None, product(d.t(), x) if to_w else None

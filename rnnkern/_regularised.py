@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import layer_norm, linear
+from torch.nn.functional import layer_norm
 
 from rnnkern import dispatch
 from rnnkern._options import Options
+from rnnkern._products import linear
 from rnnkern._run import real, unwatched
 from rnnkern.autograd import Group
 from rnnkern.backends.base import ScanSpec

@@ -11,6 +11,7 @@ from isas import instruction_sets
 from stacks import KINDS, flat, gradients, pair
 from tolerance import check, check_grad
 from torch import Tensor
+from torch.nn.functional import linear
 
 from rnnkern import _products, dispatch
 
@@ -96,6 +97,26 @@ def test_gradients_of_layers(ours: None, kind: str, dtype: torch.dtype, memory: 
     (y, grads), (theirs, their_grads), (true, true_grads) = results
     check(y, theirs, true, kind)
     check_grad(grads, their_grads, true_grads, kind)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_linear(ours: None, dtype: torch.dtype) -> None:
+    """Derivatives of both orders; batched ones, autocast and transforms are torch's."""
+    x, w = torch.randn(70, 20, dtype=dtype), torch.randn(40, 20, dtype=dtype)
+    d, e = torch.randn(70, 40, dtype=dtype), torch.randn(70, 20, dtype=dtype)
+    results = []
+    for run, convert in ((_products.linear, dtype), (linear, dtype), (linear, torch.float64)):
+        leaves = [v.to(convert).requires_grad_() for v in (x, w, d)]
+        y = run(*leaves[:2])
+        first = torch.autograd.grad((y * y).sum() / 2, leaves[:2], create_graph=True)
+        second = torch.autograd.grad((first[0] * e.to(convert)).sum(), leaves[:2], retain_graph=True)
+        along = torch.autograd.grad(y, leaves[:2], torch.stack([leaves[2], y]).detach(), is_grads_batched=True)
+        results.append([y, *first, *second, *along])
+    check(results[0], results[1], results[2], "linear")
+    assert type(_products.linear(x.requires_grad_(), w).grad_fn).__name__ == "_LinearBackward"
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert _products.linear(x.float(), w.float()).dtype == torch.bfloat16
+    assert torch.equal(torch.func.vmap(_products.linear, (0, None))(x.unsqueeze(1), w)[:, 0], linear(x, w))
 
 
 def test_what_does_not_fit_is_torchs_error(ours: None) -> None:
