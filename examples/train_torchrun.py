@@ -9,6 +9,7 @@ On GPUs each process takes one of its own; on CPUs they share the cores.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 
 import torch
@@ -58,7 +59,9 @@ def main() -> None:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if cuda else "gloo")
     train(device, args)
-    # After the model is gone: one that outlives its process group can wait for gloo's threads for ever as it goes.
+    # After the model is gone, cycles and all: what outlives its process group can wait for gloo's threads for ever, or be
+    # given up by one of them as Python ends, which aborts.
+    gc.collect()
     dist.destroy_process_group()
 
 
