@@ -59,8 +59,8 @@ def main() -> None:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if cuda else "gloo")
     train(device, args)
-    # After the model is gone, cycles and all: what outlives its process group can wait for gloo's threads for ever, or be
-    # given up by one of them as Python ends, which aborts.
+    # After the model is gone, cycles and all: what outlives its process group can wait for gloo's threads for ever, or
+    # be given up by one of them as Python ends, which aborts.
     gc.collect()
     dist.destroy_process_group()
 
